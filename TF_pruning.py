@@ -1,0 +1,185 @@
+"""Step 2: zero a growing share of the baseline's weights while training goes on (TFMOT, polynomial decay).
+
+Structured: whole blocks of a neuron's incoming weights are zeroed together, because an encrypted network only gets
+cheaper when neurons go; step 3 removes those with the most zeros. The output layer is left whole.
+
+Reads   MLP_model_0.h5 in --workdir (python MLP_model_0.py makes it) and the arrays in --data-dir
+Writes  to --workdir: tf_pruned_model.h5, tf_pruned_model_metrics.json, tf_pruned_model_training.png
+Run     python TF_pruning.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Sequence
+
+import numpy as np
+import pandas as pd
+
+from preprocess_mitbih import (
+    epoch_progress,
+    load_arrays,
+    load_mlp,
+    make_parser,
+    positive_int,
+    run,
+    save_figure,
+    save_mlp,
+    start_tensorflow,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    import tf_keras
+
+INITIAL_SPARSITY, FINAL_SPARSITY = 0.25, 0.75  # share of zero weights in each hidden layer, first and last
+EPOCHS = 20  # all of them under the schedule
+BATCH_SIZE = 32  # beats a gradient step
+LEARNING_RATE = 1e-3  # of Adam
+UPDATE_EVERY = 50  # gradient steps between two updates of the masks
+BLOCK_ROWS = "4"  # incoming weights zeroed together; compared with 1, 8 and neuron on validation data (README)
+
+
+def block_mask(weights: Any, rows: int, choose: Callable[[Any], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Threshold and mask for a kernel (inputs, neurons), 0 where a block of `rows` weights of a neuron has to go.
+
+    Blocks are ranked by their mean absolute weight; `choose(means)` is TFMOT's rule for single values, which returns
+    the threshold and a mask of the blocks. A last block that `rows` does not fill counts by its own mean.
+    """
+    import tensorflow as tf
+
+    block_of_row = np.arange(weights.shape[0]) // rows
+    means = tf.math.unsorted_segment_mean(tf.abs(weights), block_of_row, int(block_of_row[-1]) + 1)
+    threshold, kept = choose(means)
+    return threshold, tf.gather(kept, block_of_row)
+
+
+def wrap_for_pruning(model: tf_keras.Sequential, block_rows: int | None, end_step: int) -> tf_keras.Sequential:
+    """Copy of `model` whose hidden Dense layers prune themselves while trained; block_rows None: whole neurons.
+
+    Schedule: Zhu & Gupta, "To prune, or not to prune", arXiv:1710.01878 (TFMOT's PolynomialDecay, power 3).
+    """
+    import tf_keras
+    from tensorflow_model_optimization.python.core.sparsity.keras import pruning_impl, pruning_wrapper
+    from tensorflow_model_optimization.sparsity.keras import PolynomialDecay
+
+    class BlockPruning(pruning_impl.Pruning):
+        """TFMOT's pruning with blocks of one neuron's weights; its own block_size cannot span a whole column."""
+
+        def _maybe_update_block_mask(self, weights: Any) -> tuple[Any, Any]:
+            return block_mask(weights, block_rows or weights.shape[0], self._update_mask)
+
+    class PruneBlocks(pruning_wrapper.PruneLowMagnitude):
+        """TFMOT's layer wrapper, with BlockPruning inside."""
+
+        def build(self, input_shape: Any) -> None:
+            super().build(input_shape)
+            self.pruning_obj = BlockPruning(
+                lambda: self.pruning_step, self.pruning_vars, self.pruning_schedule, self.block_size, "AVG"
+            )
+
+    def wrap(layer: tf_keras.layers.Layer) -> tf_keras.layers.Layer:
+        copy = layer.__class__.from_config(layer.get_config())
+        if not isinstance(layer, tf_keras.layers.Dense) or layer is model.layers[-1]:
+            return copy
+        schedule = PolynomialDecay(INITIAL_SPARSITY, FINAL_SPARSITY, 0, end_step, frequency=UPDATE_EVERY)
+        return PruneBlocks(copy, pruning_schedule=schedule)
+
+    wrapped = tf_keras.models.clone_model(model, clone_function=wrap)
+    for old, new in zip(model.layers, wrapped.layers):
+        getattr(new, "layer", new).set_weights(old.get_weights())
+    return wrapped
+
+
+def layer_sparsity(model: tf_keras.Sequential) -> dict[str, float]:
+    """Share of zero weights in the kernel of each Dense layer, wrapped or not."""
+    layers = [getattr(layer, "layer", layer) for layer in model.layers]
+    return {layer.name: float(np.mean(layer.kernel.numpy() == 0)) for layer in layers if hasattr(layer, "kernel")}
+
+
+def accuracy(model: tf_keras.Sequential, X: np.ndarray, y: np.ndarray) -> float:
+    """Share of the rows of X (n, 32) that are put on the right side of 0.5."""
+    return float(np.mean((model(X).numpy()[:, 0] > 0.5) == y))
+
+
+def plot_epochs(sparsity: list[dict[str, float]], val_accuracy: list[float], before: float, path: Path) -> None:
+    """Sparsity of each pruned layer, and validation accuracy, by epoch."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 1, figsize=(8, 7), sharex=True)
+    epochs = np.arange(1, len(sparsity) + 1)
+    for name in list(sparsity[0])[:-1]:
+        axes[0].plot(epochs, [100 * s[name] for s in sparsity], marker=".", label=name)
+    axes[0].set(ylabel="zero weights (%)", title="Structured pruning: sparsity of the hidden layers", ylim=(0, 100))
+    axes[0].legend()
+    axes[1].plot(epochs, [100 * a for a in val_accuracy], marker=".", label="while pruning")
+    axes[1].axhline(100 * before, color="grey", ls="--", label="before pruning")
+    axes[1].set(xlabel="epoch", ylabel="validation accuracy (%)", title="Validation accuracy", xticks=epochs)
+    axes[1].legend()
+    save_figure(figure, path)
+
+
+def block_rows(text: str) -> str:
+    """argparse type: 'neuron' or a positive number of rows."""
+    if text != "neuron" and not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a positive number of rows or 'neuron'")
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prune, strip, save, reload, and report the reloaded network."""
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--block-rows",
+        type=block_rows,
+        default=BLOCK_ROWS,
+        help="incoming weights of a neuron that are zeroed together: a number (1: single weights) or 'neuron' (all)",
+    )
+    parser.add_argument("--epochs", type=positive_int, default=EPOCHS, help="passes over the training part")
+    parser.add_argument("--batch-size", type=positive_int, default=BATCH_SIZE, help="beats a gradient step")
+    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="of Adam")
+    args = parser.parse_args(argv)
+    data = load_arrays(args.data_dir)
+    keras = start_tensorflow(args.seed)
+    from tensorflow_model_optimization.sparsity.keras import UpdatePruningStep, strip_pruning
+
+    model = load_mlp(args.workdir / "MLP_model_0.h5", "python MLP_model_0.py")
+    stages = {"before": {part: accuracy(model, *data[part]) for part in ("val", "test")}}
+
+    (X, y), validation = data["train"], data["val"]
+    rows = None if args.block_rows == "neuron" else int(args.block_rows)
+    wrapped = wrap_for_pruning(model, rows, end_step=args.epochs * math.ceil(len(X) / args.batch_size))
+    wrapped.compile(keras.optimizers.Adam(args.learning_rate), "binary_crossentropy", metrics=["accuracy"])
+    sparsity: list[dict[str, float]] = []
+    record = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: sparsity.append(layer_sparsity(wrapped)))
+    history = wrapped.fit(
+        X,
+        y,
+        batch_size=args.batch_size,
+        epochs=args.epochs,
+        validation_data=validation,
+        callbacks=[UpdatePruningStep(), record, epoch_progress("pruning", args.epochs)],
+        verbose=0,
+    ).history
+    pruned = strip_pruning(wrapped)
+    stages["after"] = {part: accuracy(pruned, *data[part]) for part in ("val", "test")}
+
+    path = args.workdir / "tf_pruned_model.h5"
+    save_mlp(pruned, path)
+    reloaded = load_mlp(path, "python TF_pruning.py")
+    stages["reloaded"] = {part: accuracy(reloaded, *data[part]) for part in ("val", "test")}
+    final = layer_sparsity(reloaded)
+    metrics = {"block_rows": args.block_rows, "seed": args.seed, "accuracy": stages, "sparsity": final}
+    write_json(args.workdir / "tf_pruned_model_metrics.json", metrics)
+    plot_epochs(
+        sparsity, history["val_accuracy"], stages["before"]["val"], args.workdir / "tf_pruned_model_training.png"
+    )
+    print(f"\n{pd.DataFrame(stages).rename_axis('accuracy').to_string(float_format='{:.4f}'.format)}\n")
+    print(pd.Series(final, name="zero weights").map("{:.1%}".format).to_string())
+    print(f"wrote tf_pruned_model.h5, _metrics.json and _training.png to {args.workdir}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,280 @@
+"""Step 3: remove neurons at rates from 25 % to 90 %, fine-tune, measure, and keep the ten best networks.
+
+Each rate goes on from the network of the rate before. The neurons with the most zero weights go first; what a removed
+neuron gave on average moves into the biases of the next layer.
+
+Reads   tf_pruned_model.h5 in --workdir (python TF_pruning.py makes it) and the arrays in --data-dir
+Writes  to --workdir: ten pruned_model_top_{rank}_prune_{percent}_acc_{validation accuracy}.h5,
+        dynamic_pruning_results.xlsx, dynamic_pruning_accuracy.png, dynamic_pruning_latency.png
+Run     python dynamic_pruning_eval.py
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Sequence
+
+import numpy as np
+import pandas as pd
+
+from preprocess_mitbih import (
+    by_rank,
+    epoch_progress,
+    load_arrays,
+    load_mlp,
+    make_parser,
+    run,
+    save_figure,
+    save_mlp,
+    start_tensorflow,
+    write_workbook,
+)
+
+if TYPE_CHECKING:
+    import tf_keras
+
+RATES = tuple(range(25, 91, 5))  # percent of the neurons of each hidden layer that are removed
+FINE_TUNE_EPOCHS = 30  # after each rate; 0 is one-shot pruning
+BATCH_SIZE = 64  # beats a gradient step
+LEARNING_RATE = 1e-3  # of Adam at the start of each fine-tuning; falls to 0 along a cosine
+KEEP = 10  # networks that are saved
+CYCLES = 20  # timed repetitions of each latency, after one that warms up
+
+Layers = list[tuple[np.ndarray, np.ndarray]]  # kernel (inputs, neurons) and bias (neurons,) of each Dense layer
+
+
+def zero_counts(layers: Layers, index: int) -> np.ndarray:
+    """Zero weights (neurons,) of each neuron of hidden layer `index`, incoming plus outgoing."""
+    incoming, outgoing = layers[index][0], layers[index + 1][0]
+    return (incoming == 0).sum(axis=0) + (outgoing == 0).sum(axis=1)
+
+
+def saliency(layers: Layers, index: int) -> np.ndarray:
+    """Norm of the incoming times norm of the outgoing weights (neurons,); a ReLU neuron can be rescaled without effect,
+    which leaves this product as it is."""
+    incoming, outgoing = layers[index][0], layers[index + 1][0]
+    return np.linalg.norm(incoming, axis=0) * np.linalg.norm(outgoing, axis=1)
+
+
+def remove_neurons(layers: Layers, index: int, keep: np.ndarray, activation: np.ndarray) -> Layers:
+    """Network without the neurons of hidden layer `index` that are not in `keep`.
+
+    The mean over the rows of their activation (rows, neurons) goes into the next layer's bias: a neuron with no
+    incoming weight gives the same for every row, so removing it changes nothing.
+    """
+    (kernel, bias), (next_kernel, next_bias) = layers[index], layers[index + 1]
+    gone = np.setdiff1d(np.arange(kernel.shape[1]), keep)
+    constant = activation[:, gone].mean(axis=0, dtype=np.float64) @ next_kernel[gone]
+    changed = list(layers)
+    changed[index] = (kernel[:, keep], bias[keep])
+    changed[index + 1] = (next_kernel[keep], (next_bias + constant).astype(next_bias.dtype))
+    return changed
+
+
+def shrink(layers: Layers, widths: Sequence[int], X: np.ndarray) -> Layers:
+    """Network whose hidden layers have `widths` neurons; X: training rows (n, 32) that give the mean activations.
+
+    Most zero weights go first; among equals, and in a network without zeros, those of the least saliency.
+    """
+    for index, width in enumerate(widths):
+        kernel, bias = layers[index]
+        activation = np.maximum(X @ kernel + bias, 0)
+        order = np.lexsort((-saliency(layers, index), zero_counts(layers, index)))
+        keep = np.sort(order[:width])
+        layers = remove_neurons(layers, index, keep, activation)
+        X = activation[:, keep]
+    return layers
+
+
+def revive(layers: Layers, rng: np.random.Generator) -> Layers:
+    """Give every hidden neuron that has no incoming weight left a fresh start without changing what the network does.
+
+    Its constant output goes into the next bias, its incoming weights are drawn as Glorot & Bengio (AISTATS 2010) do,
+    its outgoing weights are 0 until fine-tuning finds a use for it.
+    """
+    for index in range(len(layers) - 1):
+        (kernel, bias), (next_kernel, next_bias) = ((k.copy(), b.copy()) for k, b in layers[index : index + 2])
+        empty = ~kernel.any(axis=0)
+        next_bias += np.maximum(bias[empty], 0) @ next_kernel[empty]
+        limit = np.sqrt(6 / sum(kernel.shape))
+        kernel[:, empty] = rng.uniform(-limit, limit, (len(kernel), empty.sum()))
+        bias[empty] = 0
+        next_kernel[empty] = 0
+        layers = [*layers[:index], (kernel, bias), (next_kernel, next_bias), *layers[index + 2 :]]
+    return layers
+
+
+def dense_layers(model: tf_keras.Sequential) -> Layers:
+    """Kernels and biases of a network without its dropout, which does nothing in inference."""
+    return [tuple(w.numpy() for w in (layer.kernel, layer.bias)) for layer in model.layers if hasattr(layer, "kernel")]
+
+
+def build(layers: Layers) -> tf_keras.Sequential:
+    """Keras network of the given Dense layers: ReLU, and a sigmoid at the end."""
+    import tf_keras
+
+    model = tf_keras.Sequential([tf_keras.layers.Input((len(layers[0][0]),))])
+    for number, (kernel, bias) in enumerate(layers, 1):
+        last = number == len(layers)
+        name = "output" if last else f"hidden_{number}"
+        model.add(tf_keras.layers.Dense(len(bias), "sigmoid" if last else "relu", name=name))
+        model.layers[-1].set_weights([kernel, bias])
+    return model
+
+
+def fine_tune(model: tf_keras.Sequential, data: dict[str, Any], epochs: int, title: str) -> None:
+    """Train `model` in place and keep the weights of the epoch with the least validation loss."""
+    import tf_keras
+
+    X, y = data["train"]
+    steps = epochs * -(-len(X) // BATCH_SIZE)
+    rate = tf_keras.optimizers.schedules.CosineDecay(LEARNING_RATE, steps)
+    model.compile(tf_keras.optimizers.Adam(rate), "binary_crossentropy", metrics=["accuracy"])
+    best = tf_keras.callbacks.EarlyStopping("val_loss", patience=epochs, restore_best_weights=True)
+    model.fit(
+        X,
+        y,
+        batch_size=BATCH_SIZE,
+        epochs=epochs,
+        validation_data=data["val"],
+        callbacks=[best, epoch_progress(title, epochs)],
+        verbose=0,
+    )
+
+
+def accuracy(model: Callable, X: np.ndarray, y: np.ndarray) -> float:
+    """Share of the rows of X (n, 32) that are put on the right side of 0.5."""
+    return float(np.mean((model(X).numpy()[:, 0] > 0.5) == y))
+
+
+def latency_ms(model: Callable, X: np.ndarray) -> tuple[float, float]:
+    """Median and interquartile range, in milliseconds, of CYCLES calls on X after one that warms up."""
+    seconds = []
+    for _ in range(CYCLES + 1):
+        started = time.perf_counter()
+        model(X).numpy()
+        seconds.append(time.perf_counter() - started)
+    lower, median, upper = np.percentile(np.array(seconds[1:]) * 1000, [25, 50, 75])
+    return float(median), float(upper - lower)
+
+
+def measure(model: tf_keras.Sequential, data: dict[str, Any]) -> dict[str, float]:
+    """Accuracy, size and latency of one network."""
+    import tensorflow as tf
+
+    X = tf.constant(data["test"][0])
+    call = tf.function(model, reduce_retracing=True)
+    whole, whole_iqr = latency_ms(call, X)
+    row, row_iqr = latency_ms(call, X[:1])
+    widths = [layer.units for layer in model.layers[:-1]]
+    return {
+        "hidden_layers": "-".join(map(str, widths)),
+        "hidden_neurons": sum(widths),
+        "parameters": model.count_params(),
+        "val_accuracy": accuracy(model, *data["val"]),
+        "test_accuracy": accuracy(model, *data["test"]),
+        "latency_set_ms": whole,
+        "latency_set_iqr_ms": whole_iqr,
+        "latency_row_ms": row,
+        "latency_row_iqr_ms": row_iqr,
+    }
+
+
+def save_best(models: dict[int, tf_keras.Sequential], table: pd.DataFrame, workdir: Path) -> list[str]:
+    """Write the KEEP networks of the best validation accuracy (the smaller one among equals), remove an earlier run's.
+
+    Returns the file name of each row of `table`, "" for one that is not kept; the best is rank 1.
+    """
+    order = table.sort_values(["val_accuracy", "rate_percent"], ascending=False).index[:KEEP]
+    names = [""] * len(table)
+    for rank, row in enumerate(order, 1):
+        percent = int(table.loc[row, "rate_percent"])
+        names[row] = f"pruned_model_top_{rank}_prune_{percent}_acc_{table.loc[row, 'val_accuracy']:.4f}.h5"
+        save_mlp(models[percent], workdir / names[row])
+    for old in by_rank(workdir, ".h5"):
+        if old.name not in names:
+            old.unlink()
+    return names
+
+
+def plot_results(table: pd.DataFrame, before: dict[str, float], workdir: Path) -> None:
+    """Rate against accuracy and against latency."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 4.8))
+    for part, name in (("val", "validation"), ("test", "test")):
+        (line,) = axis.plot(table["rate_percent"], 100 * table[f"{part}_accuracy"], marker="o", label=name)
+        axis.axhline(100 * before[part], color=line.get_color(), ls=":", label=f"{name}, step 2")
+    axis.set(xlabel="neurons removed (%)", ylabel="accuracy (%)", title="Accuracy after neuron removal and fine-tuning")
+    axis.legend()
+    save_figure(figure, workdir / "dynamic_pruning_accuracy.png")
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    for axis, key, title in zip(axes, ("set", "row"), ("whole test set", "one beat")):
+        spread = table[f"latency_{key}_iqr_ms"] / 2
+        axis.errorbar(table["rate_percent"], table[f"latency_{key}_ms"], yerr=spread, marker="o", capsize=3)
+        axis.set(xlabel="neurons removed (%)", ylabel="latency (ms)", title=f"Unencrypted latency, {title}")
+        axis.set_ylim(bottom=0)
+    figure.suptitle(f"median of {CYCLES} cycles, bars: interquartile range")
+    save_figure(figure, workdir / "dynamic_pruning_latency.png")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Remove, fine-tune and measure at every rate, then keep the best."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--rates", type=int, nargs="+", default=RATES, help="neurons removed, percent, rising")
+    parser.add_argument("--fine-tune-epochs", type=int, default=FINE_TUNE_EPOCHS, help="after each rate; 0: one-shot")
+    args = parser.parse_args(argv)
+    if sorted(set(args.rates)) != list(args.rates) or not 0 <= args.rates[0] <= args.rates[-1] < 100:
+        parser.error("--rates must rise and lie between 0 and 99")
+    if args.fine_tune_epochs < 0:
+        parser.error("--fine-tune-epochs must not be negative")
+    data = load_arrays(args.data_dir)
+    start_tensorflow(args.seed)
+    start = load_mlp(args.workdir / "tf_pruned_model.h5", "python TF_pruning.py")
+    before = {part: accuracy(start, *data[part]) for part in ("val", "test")}
+    layers = dense_layers(start)
+    full = [len(bias) for _, bias in layers[:-1]]
+    rng = np.random.default_rng(args.seed)
+
+    models, rows = {}, []
+    for rate in args.rates:
+        layers = shrink(layers, [neurons - neurons * rate // 100 for neurons in full], data["train"][0])
+        one_shot = accuracy(build(layers), *data["val"])
+        if args.fine_tune_epochs:
+            models[rate] = build(revive(layers, rng))
+            fine_tune(models[rate], data, args.fine_tune_epochs, f"{rate} % removed")
+            layers = dense_layers(models[rate])
+        else:
+            models[rate] = build(layers)
+        rows.append({"rate_percent": rate, "val_accuracy_before_tuning": one_shot, **measure(models[rate], data)})
+    table = pd.DataFrame(rows)
+    table["file"] = save_best(models, table, args.workdir)
+    for name, expected in zip(table["file"], table["val_accuracy"]):
+        if name and accuracy(load_mlp(args.workdir / name, ""), *data["val"]) != expected:
+            raise AssertionError(f"{name} does not give the accuracy that was measured before it was saved")
+    settings = {
+        "start": f"tf_pruned_model.h5, validation {before['val']:.4f}, test {before['test']:.4f}",
+        "fine_tune_epochs": args.fine_tune_epochs,
+        "seed": args.seed,
+        "latency": f"median and interquartile range of {CYCLES} cycles",
+        "rows": f"validation {len(data['val'][1])}, test {len(data['test'][1])}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+    }
+    formats = {name: "0.0000" for name in table if "accuracy" in name} | {
+        name: "0.000" for name in table if "_ms" in name
+    }
+    sheets = {"results": table, "settings": pd.DataFrame(settings.items(), columns=["setting", "value"])}
+    write_workbook(args.workdir / "dynamic_pruning_results.xlsx", sheets, formats)
+    plot_results(table, before, args.workdir)
+    shown = ["rate_percent", "hidden_layers", "parameters", "val_accuracy", "test_accuracy", "latency_row_ms"]
+    print(f"\n{table[shown].to_string(index=False, float_format='{:.4f}'.format)}\n")
+    print(f"wrote {sum(map(bool, table['file']))} networks pruned_model_top_*.h5, dynamic_pruning_results.xlsx,")
+    print(f"dynamic_pruning_accuracy.png and dynamic_pruning_latency.png to {args.workdir}")
+
+
+if __name__ == "__main__":
+    run(main)

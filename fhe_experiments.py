@@ -1,0 +1,480 @@
+"""Step 5: quantize the best networks to 2-7 bits and classify beats in clear and encrypted (TFHE, Concrete ML).
+
+Every configuration (network, bits) is compiled first; then the plan with the predicted times is printed, and what is
+affordable runs encrypted on a seeded draw of test rows. The last sigmoid stays with the client: the encrypted graph
+ends in the logit, whose sign is the decision.
+
+Reads   pruned_model_top_*.onnx in --workdir (python h5_onnx_converter.py makes them) and the arrays in --data-dir
+Writes  to --workdir: results_batch_{number}.xlsx after every configuration, fhe_accuracy_vs_seconds.png
+Run     python fhe_experiments.py
+        python fhe_experiments.py --reference --top 1 --bits 2 3     (the plain way: n_bits only, sigmoid encrypted)
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Sequence
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from preprocess_mitbih import (
+    FEATURES,
+    InputError,
+    by_rank,
+    load_arrays,
+    make_parser,
+    positive_int,
+    run,
+    save_figure,
+    write_workbook,
+)
+
+if TYPE_CHECKING:
+    import onnx
+    from concrete.ml.quantization import QuantizedModule
+
+BITS = (2, 3, 4, 5, 6, 7)  # of weights and activations, as published
+TOP = 3  # best networks of step 3
+BATCH_SIZE = 50  # consecutive test rows a batch, as published
+SAMPLES = 10  # rows drawn from each batch, as published
+CALIBRATION_ROWS = 1000  # training rows that fix the quantization ranges
+SIMULATED_ROWS = 500  # test rows for the simulated accuracy; simulation takes milliseconds a row
+ROUNDING_BITS = 6  # leading bits of each accumulator that the encrypted ReLU looks at; their number is the price
+P_ERROR = 2.0**-13  # chance that one bootstrap is off by one step; Concrete ML's default is 2^-40
+MAX_SECONDS = 60.0  # seconds a sample above which a configuration is not run
+
+PUBLISHED_COLUMNS = (
+    "model_name num_items batch q_bits compile_time clear_time accuracy_clear perc_ones_gt perc_zeros_gt "
+    "perc_ones_pred_clear perc_zeros_pred_clear fhe_time accuracy_fhe perc_ones_pred_fhe perc_zeros_pred_fhe"
+).split()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a network is compiled; the plain way has no rounding and keeps the sigmoid."""
+
+    rounding_bits: int | None
+    p_error: float
+    threshold: float  # output above which a beat is abnormal: 0 for a logit, 0.5 for a probability
+
+
+@dataclass
+class Configuration:
+    """One network at one bit width, compiled unless `status` says otherwise."""
+
+    path: Path
+    bits: int
+    facts: dict[str, Any]
+    module: QuantizedModule | None = None
+    status: str = "ok"
+    reason: str = ""
+
+
+def load_network(path: Path) -> onnx.ModelProto:
+    """A checked ONNX file of step 4: MatMul/Gemm, Add and Relu layers from 32 features to one sigmoid.
+
+    Raises InputError for anything else; data outside the file is not followed.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    remedy = "make it with: python h5_onnx_converter.py"
+    if not path.exists():
+        raise InputError(f"{path}: not found; {remedy}")
+    try:
+        model = onnx.load_model(path, load_external_data=False)
+        onnx.checker.check_model(model, full_check=True)
+        shapes = [
+            [d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*model.graph.input, *model.graph.output)
+        ]
+        finite = all(np.isfinite(numpy_helper.to_array(w)).all() for w in model.graph.initializer)
+    except Exception as error:  # the parsers of protobuf and ONNX raise a dozen unrelated types
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: is no whole ONNX network ({first_line}); {remedy}") from None
+    nodes = [node.op_type for node in model.graph.node]
+    if [s[1:] for s in shapes] != [[len(FEATURES)], [1]] or set(nodes[:-1]) - {"MatMul", "Gemm", "Add", "Relu"}:
+        raise InputError(f"{path}: is no MLP from {len(FEATURES)} features to one output; {remedy}")
+    if nodes[-1] != "Sigmoid":
+        raise InputError(f"{path}: does not end in a sigmoid; {remedy}")
+    if not finite:
+        raise InputError(f"{path}: holds NaN or infinite weights; {remedy}")
+    return model
+
+
+def without_sigmoid(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy of a network that ends in the logit: one table look-up less to encrypt, the same decisions."""
+    import onnx
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    sigmoid = copy.graph.node.pop()
+    copy.graph.output[0].name = sigmoid.input[0]
+    return copy
+
+
+def compile_network(model: onnx.ModelProto, bits: int, calibration: np.ndarray, setting: Setting) -> QuantizedModule:
+    """Quantize to `bits` and compile to TFHE; calibration: training rows (n, 32)."""
+    from concrete.ml.torch.compile import compile_onnx_model
+
+    rounding = setting.rounding_bits and {"n_bits": setting.rounding_bits, "method": "APPROXIMATE"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Concrete ML's own use of deprecated NumPy and ONNX calls
+        return compile_onnx_model(
+            model, calibration, n_bits=bits, rounding_threshold_bits=rounding, p_error=setting.p_error
+        )
+
+
+def key_bytes(circuit: Any) -> int:
+    """Size of the evaluation keys that the server needs, uncompressed."""
+    return circuit.size_of_bootstrap_keys + circuit.size_of_keyswitch_keys
+
+
+def outputs(module: QuantizedModule, X: np.ndarray, mode: str) -> np.ndarray:
+    """Quantized network's outputs (n,) for rows X (n, 32): mode "disable" in clear, "simulate" with p_error's noise."""
+    return module.forward(X.astype(np.float64), fhe=mode)[:, 0]
+
+
+def run_encrypted(module: QuantizedModule, row: np.ndarray) -> dict[str, float]:
+    """One row (32,) encrypted, run and decrypted with the module's keys: output, seconds of each part, bytes sent."""
+    circuit = module.fhe_circuit
+    started = time.perf_counter()
+    encrypted = circuit.encrypt(module.quantize_input(row[None].astype(np.float64)))
+    sent = time.perf_counter()
+    result = circuit.run(encrypted)
+    received = time.perf_counter()
+    output = module.dequantize_output(circuit.decrypt(result))
+    return {
+        "output_fhe": float(output.ravel()[0]),
+        "encrypt_seconds": sent - started,
+        "run_seconds": received - sent,
+        "decrypt_seconds": time.perf_counter() - received,
+        "input_bytes": len(encrypted.serialize()),
+        "output_bytes": len(result.serialize()),
+    }
+
+
+def calibrate_machine(setting: Setting, seed: int) -> tuple[float, float]:
+    """Seconds a unit of complexity and seconds a byte of keys, measured on a layer of eight encrypted neurons."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(seed)
+    weights = {"w0": rng.normal(size=(len(FEATURES), 8)), "w1": rng.normal(size=(8, 1))}
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "w0"], ["a"]),
+            helper.make_node("Relu", ["a"], ["b"]),
+            helper.make_node("MatMul", ["b", "w1"], ["y"]),
+        ],
+        "calibration",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, len(FEATURES)])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, 1])],
+        [numpy_helper.from_array(w.astype(np.float32), name) for name, w in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)])
+    rows = rng.normal(size=(100, len(FEATURES))).astype(np.float32)
+    module = compile_network(model, 4 if setting.rounding_bits else 2, rows, setting)
+    circuit = module.fhe_circuit
+    started = time.perf_counter()
+    circuit.keygen(force=True)
+    keygen = time.perf_counter() - started
+    seconds = [run_encrypted(module, row)["run_seconds"] for row in rows[:4]][1:]
+    return float(np.median(seconds)) / circuit.complexity, keygen / key_bytes(circuit)
+
+
+def prepare(
+    path: Path, bits: int, data: dict[str, Any], calibration: np.ndarray, setting: Setting, simulated: np.ndarray
+):
+    """Compile one configuration and measure what needs no key; failures become its status."""
+    model = load_network(path)
+    configuration = Configuration(path, bits, {})
+    started = time.perf_counter()
+    try:
+        module = compile_network(model if setting.threshold else without_sigmoid(model), bits, calibration, setting)
+    except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
+        configuration.status = "cannot compile"
+        configuration.reason = str(error).strip().splitlines()[0][:200]
+        return configuration
+    circuit = module.fhe_circuit
+    configuration.module = module
+    X, y = data["test"]
+    facts = configuration.facts
+    facts["compile_time"] = time.perf_counter() - started
+    facts["pbs"] = circuit.programmable_bootstrap_count
+    facts["complexity"] = circuit.complexity
+    facts["widest_integer_bits"] = circuit.graph.maximum_integer_bit_width()
+    facts["evaluation_keys_MB"] = key_bytes(circuit) / 1e6
+    facts["secret_keys_kB"] = circuit.size_of_secret_keys / 1e3
+    facts["accuracy_clear_test_set"] = float(np.mean((outputs(module, X, "disable") > setting.threshold) == y))
+    facts["test_set_rows"] = len(y)
+    decisions = outputs(module, X[simulated], "simulate") > setting.threshold
+    facts["accuracy_simulated"] = float(np.mean(decisions == y[simulated]))
+    facts["simulated_rows"] = len(simulated)
+    return configuration
+
+
+def drawn_rows(batch: int, batch_size: int, samples: int, rows: int, seed: int) -> np.ndarray:
+    """Rising indices of the test rows drawn from batch number `batch`; they do not depend on which batches are run."""
+    members = np.arange(batch * batch_size, min((batch + 1) * batch_size, rows))
+    return np.sort(np.random.default_rng([seed, batch]).choice(members, min(samples, len(members)), replace=False))
+
+
+def result_row(configuration: Configuration, batch: int, y: np.ndarray, clear: np.ndarray, clear_time: float) -> dict:
+    """The part of a results row that is known without running encrypted.
+
+    y: labels (n,) of the drawn rows; clear: decisions (n,) of the quantized network in clear.
+    """
+    return {
+        "model_name": configuration.path.stem,
+        "num_items": len(y),
+        "batch": batch,
+        "q_bits": configuration.bits,
+        "compile_time": configuration.facts.get("compile_time"),
+        "clear_time": clear_time,
+        "accuracy_clear": np.mean(clear == y) if len(clear) else None,
+        "perc_ones_gt": 100 * np.mean(y),
+        "perc_zeros_gt": 100 * np.mean(1 - y),
+        "perc_ones_pred_clear": 100 * np.mean(clear) if len(clear) else None,
+        "perc_zeros_pred_clear": 100 * np.mean(1 - clear) if len(clear) else None,
+        **dict.fromkeys(PUBLISHED_COLUMNS[-4:]),
+        "status": configuration.status,
+        "reason": configuration.reason,
+        **{name: value for name, value in configuration.facts.items() if name != "compile_time"},
+    }
+
+
+def encrypted_columns(runs: pd.DataFrame, keygen_seconds: float) -> dict[str, Any]:
+    """The part of a results row that the encrypted run gives; runs: one row a prediction (sheet "predictions").
+
+    Times a sample are medians with their interquartile range; the interval is Wilson's, JASA 22:209-212, 1927.
+    """
+    from scipy.stats import binomtest
+
+    right = int((runs["decision_fhe"] == runs["label"]).sum())
+    interval = binomtest(right, len(runs)).proportion_ci(0.95, method="wilson")
+    quartiles = runs[["encrypt_seconds", "run_seconds", "decrypt_seconds"]].quantile([0.25, 0.5, 0.75])
+    return {
+        "fhe_time": float(runs[list(quartiles)].to_numpy().sum()),
+        "accuracy_fhe": right / len(runs),
+        "perc_ones_pred_fhe": 100 * runs["decision_fhe"].mean(),
+        "perc_zeros_pred_fhe": 100 * (1 - runs["decision_fhe"].mean()),
+        "accuracy_fhe_low95": float(interval.low),
+        "accuracy_fhe_high95": float(interval.high),
+        "decisions_equal_clear": int((runs["decision_fhe"] == runs["decision_clear"]).sum()),
+        "outputs_equal_clear": int(np.isclose(runs["output_fhe"], runs["output_clear"]).sum()),
+        "keygen_time": keygen_seconds,
+        "encrypt_seconds": quartiles.loc[0.5, "encrypt_seconds"],
+        "run_seconds": quartiles.loc[0.5, "run_seconds"],
+        "run_seconds_iqr": quartiles.loc[0.75, "run_seconds"] - quartiles.loc[0.25, "run_seconds"],
+        "decrypt_seconds": quartiles.loc[0.5, "decrypt_seconds"],
+        "input_ciphertext_kB": runs["input_bytes"].median() / 1e3,
+        "output_ciphertext_kB": runs["output_bytes"].median() / 1e3,
+    }
+
+
+def machine_facts() -> dict[str, Any]:
+    """Versions and processor, for the settings sheet."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        if cpuinfo.exists()
+        else []
+    )
+    packages = ("concrete-ml", "concrete-python", "onnx", "numpy")
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }
+
+
+def write_results(path: Path, results: pd.DataFrame, predictions: pd.DataFrame, settings: dict[str, Any]) -> None:
+    """One batch's workbook."""
+    formats = {name: "0.000" for name in results if name.endswith(("_time", "_seconds", "_iqr", "_MB", "_kB"))}
+    formats |= {name: "0.0000" for name in results if name.startswith("accuracy")}
+    formats |= {name: "0.0" for name in results if name.startswith("perc_")}
+    formats |= {"complexity": "0.00E+00", "output_clear": "0.0000", "output_fhe": "0.0000"}
+    formats |= {name: "0.000" for name in predictions if name.endswith("_seconds")}
+    sheets = {
+        "results": results,
+        "predictions": predictions,
+        "settings": pd.DataFrame(settings.items(), columns=["setting", "value"]),
+    }
+    write_workbook(path, sheets, formats)
+
+
+def plot_results(results: pd.DataFrame, path: Path) -> None:
+    """Accuracy in clear on the test set against encrypted seconds a sample, one series a network, points with bits."""
+    import matplotlib.pyplot as plt
+
+    done = results[results["status"] == "ok"]
+    figure, axis = plt.subplots(figsize=(9, 5.5))
+    for name, group in done.groupby("model_name", sort=False):
+        group = group.groupby("q_bits").median(numeric_only=True).reset_index()
+        accuracy = 100 * group["accuracy_clear_test_set"]
+        axis.plot(group["run_seconds"], accuracy, marker="o", label=name)
+        for x, y, bits in zip(group["run_seconds"], accuracy, group["q_bits"]):
+            axis.annotate(f"{bits}", (x, y), xytext=(4, 5), textcoords="offset points", fontsize=9)
+    axis.set(
+        xscale="log",
+        xlabel="encrypted inference, median seconds a sample",
+        ylabel="accuracy of the quantized network, whole test set (%)",
+        title="Price of encrypted inference (labels: bits of weights and activations)",
+    )
+    axis.legend(loc="lower right")
+    save_figure(figure, path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compile all, tell what it will take, run encrypted what is affordable."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--models", type=Path, nargs="+", help=".onnx files (default: the best of step 4)")
+    parser.add_argument("--top", type=positive_int, default=TOP, help="how many of the best networks")
+    parser.add_argument(
+        "--bits", type=int, nargs="+", choices=range(2, 9), default=BITS, help="weights and activations"
+    )
+    parser.add_argument("--batch-size", type=positive_int, default=BATCH_SIZE, help="consecutive test rows a batch")
+    parser.add_argument("--samples", type=positive_int, default=SAMPLES, help="rows drawn from each batch")
+    parser.add_argument("--batches", type=positive_int, default=1, help="how many batches")
+    parser.add_argument("--start-batch", type=int, default=0, help="number of the first batch, from 0")
+    parser.add_argument("--max-seconds", type=float, default=MAX_SECONDS, help="a sample; dearer ones are not run")
+    parser.add_argument(
+        "--rounding-bits", type=int, choices=range(2, 9), default=ROUNDING_BITS, help="accumulator bits kept"
+    )
+    parser.add_argument("--p-error", type=float, default=P_ERROR, help="chance that one bootstrap is off by one step")
+    parser.add_argument(
+        "--reference", action="store_true", help="the plain way: no rounding, p_error 2^-40, sigmoid kept"
+    )
+    args = parser.parse_args(argv)
+    if not 2.0**-60 <= args.p_error < 1:
+        parser.error("--p-error must lie between 2^-60 and 1")
+    data = load_arrays(args.data_dir)
+    X, y = data["test"]
+    batches = range(args.start_batch, args.start_batch + args.batches)
+    if not 0 <= args.start_batch or batches[-1] * args.batch_size >= len(y):
+        raise InputError(f"--start-batch, --batches: the test set has batches 0 to {(len(y) - 1) // args.batch_size}")
+    paths = args.models or by_rank(args.workdir, ".onnx")[: args.top]
+    if not paths:
+        raise InputError(f"{args.workdir}: no pruned_model_top_*.onnx; make them with: python h5_onnx_converter.py")
+    for path in paths:
+        load_network(path)
+    setting = Setting(None, 2.0**-40, 0.5) if args.reference else Setting(args.rounding_bits, args.p_error, 0.0)
+    rng = np.random.default_rng(args.seed)
+    calibration = data["train"][0][rng.permutation(len(data["train"][0]))[:CALIBRATION_ROWS]]
+    simulated = np.sort(rng.permutation(len(y))[:SIMULATED_ROWS])
+    drawn = {batch: drawn_rows(batch, args.batch_size, args.samples, len(y), args.seed) for batch in batches}
+
+    print("measuring this machine ...", flush=True)
+    seconds_per_unit, seconds_per_byte = calibrate_machine(setting, args.seed)
+    planned = [(path, bits) for path in paths for bits in args.bits]
+    configurations = []
+    for path, bits in (bar := tqdm(planned, desc="compiling", unit="circuit")):
+        bar.set_postfix_str(f"{path.stem} at {bits} bits")
+        configuration = prepare(path, bits, data, calibration, setting, simulated)
+        seconds = configuration.facts.get("complexity", 0) * seconds_per_unit
+        configuration.facts["predicted_seconds"] = seconds
+        if configuration.status == "ok" and seconds > args.max_seconds:
+            configuration.status = "too slow"
+            configuration.reason = f"predicted {seconds:.0f} s a sample, over --max-seconds {args.max_seconds:g}"
+        configurations.append(configuration)
+    runnable = [c for c in configurations if c.status == "ok"]
+    samples = sum(map(len, drawn.values()))
+    columns = ("pbs", "complexity", "widest_integer_bits", "predicted_seconds", "accuracy_clear_test_set")
+    plan = [
+        {"model": c.path.stem, "bits": c.bits, **{k: c.facts.get(k) for k in columns}, "status": c.status}
+        for c in configurations
+    ]
+    print(f"\n{pd.DataFrame(plan).to_string(index=False, float_format='{:.4g}'.format)}")
+    total = sum(c.facts["predicted_seconds"] * (samples + 1) for c in runnable)
+    total += sum(key_bytes(c.module.fhe_circuit) * seconds_per_byte for c in runnable)
+    print(
+        f"\nthe encrypted part, {samples} samples for each of {len(runnable)} configurations, takes about {total / 60:.0f} min"
+    )
+
+    settings = {
+        **machine_facts(),
+        "seed": args.seed,
+        "way": "plain reference" if args.reference else "logit inside, approximate rounding",
+        "rounding_bits": setting.rounding_bits or "none",
+        "p_error": setting.p_error,
+        "p_error in words": f"one encrypted ReLU in {1 / setting.p_error:,.0f} may be off by one step of its input",
+        "calibration": f"{len(calibration)} training rows",
+        "batch_size": args.batch_size,
+        "samples": args.samples,
+        "max_seconds": args.max_seconds,
+        "times": "seconds; a sample: median and interquartile range over num_items, after one run that warms up",
+        "security": "128 bits (Concrete's default parameters)",
+    }
+    rows: list[dict] = []
+    predictions: list[pd.DataFrame] = []
+    bar = tqdm(total=len(runnable) * samples, desc="encrypted", unit="sample")
+    for c in configurations:
+        keygen_seconds = 0.0
+        if c.status == "ok":
+            bar.set_postfix_str(f"{c.path.stem} at {c.bits} bits: making keys")
+            started = time.perf_counter()
+            c.module.fhe_circuit.keygen(force=True)
+            keygen_seconds = time.perf_counter() - started
+            warm = run_encrypted(c.module, calibration[0])["run_seconds"]  # also unpacks the keys
+            bar.set_postfix_str(f"{c.path.stem} at {c.bits} bits")
+            if warm > 2 * args.max_seconds:
+                c.status, c.reason = (
+                    "too slow",
+                    f"measured {warm:.0f} s a sample, over --max-seconds {args.max_seconds:g}",
+                )
+        for batch, index in drawn.items():
+            started = time.perf_counter()
+            clear = outputs(c.module, X[index], "disable") if c.module else np.empty(0)
+            row = result_row(c, batch, y[index], clear > setting.threshold, time.perf_counter() - started)
+            if c.status == "ok":
+                runs = []
+                for k, test_row in enumerate(index):
+                    runs.append(
+                        {"label": y[test_row], "output_clear": clear[k], **run_encrypted(c.module, X[test_row])}
+                    )
+                    bar.update()
+                table = pd.DataFrame(runs)
+                table.insert(2, "decision_clear", (table["output_clear"] > setting.threshold).astype(int))
+                table.insert(4, "decision_fhe", (table["output_fhe"] > setting.threshold).astype(int))
+                row |= encrypted_columns(table, keygen_seconds)
+                where = {"model_name": c.path.stem, "q_bits": c.bits, "batch": batch, "test_row": index}
+                for position, (name, value) in enumerate(where.items()):
+                    table.insert(position, name, value)
+                predictions.append(table)
+            rows.append(row)
+            results = pd.DataFrame(rows)
+            shown = pd.concat(predictions) if predictions else pd.DataFrame()
+            here = results["batch"] == batch
+            mine = shown[shown["batch"] == batch] if len(shown) else shown
+            write_results(args.workdir / f"results_batch_{batch}.xlsx", results[here], mine, settings)
+        if c.module:
+            c.module.fhe_circuit.cleanup()
+    bar.close()
+    plot_results(results, args.workdir / "fhe_accuracy_vs_seconds.png")
+    columns = [
+        "model_name",
+        "q_bits",
+        "status",
+        "accuracy_clear_test_set",
+        "accuracy_simulated",
+        "accuracy_fhe",
+        "run_seconds",
+    ]
+    columns = [name for name in columns if name in results]
+    print(f"\n{results[columns].to_string(index=False, float_format='{:.4g}'.format)}\n")
+    print(
+        f"wrote {', '.join(f'results_batch_{b}.xlsx' for b in batches)} and fhe_accuracy_vs_seconds.png to {args.workdir}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
