@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from preprocess_mitbih import (
+    accuracy,
     epoch_progress,
     load_arrays,
     load_mlp,
@@ -97,11 +98,6 @@ def layer_sparsity(model: tf_keras.Sequential) -> dict[str, float]:
     """Share of zero weights in the kernel of each Dense layer, wrapped or not."""
     layers = [getattr(layer, "layer", layer) for layer in model.layers]
     return {layer.name: float(np.mean(layer.kernel.numpy() == 0)) for layer in layers if hasattr(layer, "kernel")}
-
-
-def accuracy(model: tf_keras.Sequential, X: np.ndarray, y: np.ndarray) -> float:
-    """Share of the rows of X (n, 32) that are put on the right side of 0.5."""
-    return float(np.mean((model(X).numpy()[:, 0] > 0.5) == y))
 
 
 def plot_epochs(sparsity: list[dict[str, float]], val_accuracy: list[float], before: float, path: Path) -> None:

@@ -12,6 +12,7 @@ Run     python fhe_experiments.py
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import time
@@ -191,23 +192,25 @@ def calibrate_machine(setting: Setting, seed: int) -> tuple[float, float]:
 
 def prepare(
     path: Path, bits: int, data: dict[str, Any], calibration: np.ndarray, setting: Setting, simulated: np.ndarray
-):
-    """Compile one configuration and measure what needs no key; failures become its status."""
-    model = load_network(path)
-    configuration = Configuration(path, bits, {})
+) -> Configuration:
+    """Compile one configuration and measure what needs no key; a failure becomes its status.
+
+    simulated: indices of the test rows for the simulated accuracy.
+    """
+    network = load_network(path)
+    X, y = data["test"]
+    facts = {"rounding_bits": setting.rounding_bits, "p_error": setting.p_error}
     started = time.perf_counter()
     try:
-        module = compile_network(model if setting.threshold else without_sigmoid(model), bits, calibration, setting)
+        module = compile_network(
+            network if setting.rounding_bits is None else without_sigmoid(network), bits, calibration, setting
+        )
     except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
-        configuration.status = "cannot compile"
-        configuration.reason = str(error).strip().splitlines()[0][:200]
-        return configuration
+        return Configuration(path, bits, facts, None, "cannot compile", str(error).strip().splitlines()[0][:200])
     circuit = module.fhe_circuit
-    configuration.module = module
-    X, y = data["test"]
-    facts = configuration.facts
     facts["compile_time"] = time.perf_counter() - started
     facts["pbs"] = circuit.programmable_bootstrap_count
+    facts["p_any_pbs_off"] = 1 - (1 - setting.p_error) ** facts["pbs"]
     facts["complexity"] = circuit.complexity
     facts["widest_integer_bits"] = circuit.graph.maximum_integer_bit_width()
     facts["evaluation_keys_MB"] = key_bytes(circuit) / 1e6
@@ -217,7 +220,22 @@ def prepare(
     decisions = outputs(module, X[simulated], "simulate") > setting.threshold
     facts["accuracy_simulated"] = float(np.mean(decisions == y[simulated]))
     facts["simulated_rows"] = len(simulated)
-    return configuration
+    return Configuration(path, bits, facts, module)
+
+
+def print_plan(configurations: list[Configuration], samples: int, seconds_per_byte: float) -> None:
+    """Show what will run, what not and why, and about how long it takes."""
+    columns = ("pbs", "complexity", "widest_integer_bits", "predicted_seconds", "accuracy_clear_test_set")
+    plan = [
+        {"model": c.path.stem, "bits": c.bits, **{k: c.facts.get(k) for k in columns}, "status": c.status}
+        for c in configurations
+    ]
+    runnable = [c for c in configurations if c.status == "ok"]
+    seconds = sum(c.facts["predicted_seconds"] * (samples + 1) for c in runnable)
+    seconds += sum(key_bytes(c.module.fhe_circuit) * seconds_per_byte for c in runnable)
+    print(f"\n{pd.DataFrame(plan).to_string(index=False, float_format='{:.4g}'.format)}\n")
+    print(f"{samples} samples for each of {len(runnable)} configurations: the encrypted part takes about ", end="")
+    print(f"{seconds / 60:.1f} min", flush=True)
 
 
 def drawn_rows(batch: int, batch_size: int, samples: int, rows: int, seed: int) -> np.ndarray:
@@ -279,14 +297,62 @@ def encrypted_columns(runs: pd.DataFrame, keygen_seconds: float) -> dict[str, An
     }
 
 
+def run_configuration(
+    c: Configuration, drawn: dict[int, np.ndarray], data: dict[str, Any], setting: Setting, limit: float, bar: tqdm
+) -> tuple[list[dict[str, Any]], list[pd.DataFrame]]:
+    """A results row and a table of predictions for each batch in `drawn` ({number: test rows}).
+
+    Keys are made once; one run before the timed ones unpacks them, and stops a configuration that takes more than
+    `limit` seconds a sample after all.
+    """
+    X, y = data["test"]
+    label = f"{c.path.stem} at {c.bits} bits"
+    keygen_seconds = 0.0
+    if c.status == "ok":
+        bar.set_postfix_str(f"{label}: making keys")
+        started = time.perf_counter()
+        c.module.fhe_circuit.keygen(force=True)
+        keygen_seconds = time.perf_counter() - started
+        bar.set_postfix_str(label)
+        seconds = run_encrypted(c.module, data["train"][0][0])["run_seconds"]
+        if seconds > limit:
+            c.status, c.reason = "too slow", f"measured {seconds:.0f} s a sample, over --max-seconds {limit:g}"
+    rows, predictions = [], []
+    for batch, index in drawn.items():
+        started = time.perf_counter()
+        clear = outputs(c.module, X[index], "disable") if c.module else np.empty(0)
+        row = result_row(c, batch, y[index], clear > setting.threshold, time.perf_counter() - started)
+        if c.status == "ok":
+            runs = []
+            for test_row, output_clear in zip(index, clear):
+                encrypted = run_encrypted(c.module, X[test_row])
+                runs.append(
+                    {
+                        "model_name": c.path.stem,
+                        "q_bits": c.bits,
+                        "batch": batch,
+                        "test_row": test_row,
+                        "label": y[test_row],
+                        "decision_clear": int(output_clear > setting.threshold),
+                        "decision_fhe": int(encrypted["output_fhe"] > setting.threshold),
+                        "output_clear": output_clear,
+                        **encrypted,
+                    }
+                )
+                bar.update()
+            predictions.append(pd.DataFrame(runs))
+            row |= encrypted_columns(predictions[-1], keygen_seconds)
+        rows.append(row)
+    if c.module:
+        c.module.fhe_circuit.cleanup()
+    return rows, predictions
+
+
 def machine_facts() -> dict[str, Any]:
     """Versions and processor, for the settings sheet."""
     cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        if cpuinfo.exists()
-        else []
-    )
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     packages = ("concrete-ml", "concrete-python", "onnx", "numpy")
     return {
         "processor": names[0] if names else platform.processor(),
@@ -317,6 +383,8 @@ def plot_results(results: pd.DataFrame, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     done = results[results["status"] == "ok"]
+    if done.empty:
+        return
     figure, axis = plt.subplots(figsize=(9, 5.5))
     for name, group in done.groupby("model_name", sort=False):
         group = group.groupby("q_bits").median(numeric_only=True).reset_index()
@@ -334,146 +402,99 @@ def plot_results(results: pd.DataFrame, path: Path) -> None:
     save_figure(figure, path)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Compile all, tell what it will take, run encrypted what is affordable."""
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = make_parser(__doc__)
     parser.add_argument("--models", type=Path, nargs="+", help=".onnx files (default: the best of step 4)")
     parser.add_argument("--top", type=positive_int, default=TOP, help="how many of the best networks")
-    parser.add_argument(
-        "--bits", type=int, nargs="+", choices=range(2, 9), default=BITS, help="weights and activations"
-    )
+    parser.add_argument("--bits", type=int, nargs="+", choices=BITS, default=BITS, help="of weights and activations")
     parser.add_argument("--batch-size", type=positive_int, default=BATCH_SIZE, help="consecutive test rows a batch")
     parser.add_argument("--samples", type=positive_int, default=SAMPLES, help="rows drawn from each batch")
     parser.add_argument("--batches", type=positive_int, default=1, help="how many batches")
     parser.add_argument("--start-batch", type=int, default=0, help="number of the first batch, from 0")
     parser.add_argument("--max-seconds", type=float, default=MAX_SECONDS, help="a sample; dearer ones are not run")
-    parser.add_argument(
-        "--rounding-bits", type=int, choices=range(2, 9), default=ROUNDING_BITS, help="accumulator bits kept"
-    )
+    parser.add_argument("--rounding-bits", type=positive_int, default=ROUNDING_BITS, help="accumulator bits kept")
     parser.add_argument("--p-error", type=float, default=P_ERROR, help="chance that one bootstrap is off by one step")
-    parser.add_argument(
-        "--reference", action="store_true", help="the plain way: no rounding, p_error 2^-40, sigmoid kept"
-    )
+    parser.add_argument("--reference", action="store_true", help="no rounding, p_error 2^-40, sigmoid encrypted")
     args = parser.parse_args(argv)
     if not 2.0**-60 <= args.p_error < 1:
         parser.error("--p-error must lie between 2^-60 and 1")
+    if args.start_batch < 0:
+        parser.error("--start-batch must not be negative")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compile all, tell what it will take, run encrypted what is affordable."""
+    args = parse_arguments(argv)
     data = load_arrays(args.data_dir)
-    X, y = data["test"]
+    rows_in_test = len(data["test"][1])
     batches = range(args.start_batch, args.start_batch + args.batches)
-    if not 0 <= args.start_batch or batches[-1] * args.batch_size >= len(y):
-        raise InputError(f"--start-batch, --batches: the test set has batches 0 to {(len(y) - 1) // args.batch_size}")
+    if batches[-1] * args.batch_size >= rows_in_test:
+        last = (rows_in_test - 1) // args.batch_size
+        raise InputError(f"batch {batches[-1]} does not exist, the last is {last}; see --start-batch and --batches")
     paths = args.models or by_rank(args.workdir, ".onnx")[: args.top]
     if not paths:
         raise InputError(f"{args.workdir}: no pruned_model_top_*.onnx; make them with: python h5_onnx_converter.py")
-    for path in paths:
+    for path in paths:  # all are looked at before the first takes its minutes
         load_network(path)
-    setting = Setting(None, 2.0**-40, 0.5) if args.reference else Setting(args.rounding_bits, args.p_error, 0.0)
+    if args.reference:
+        setting = Setting(rounding_bits=None, p_error=2.0**-40, threshold=0.5)
+    else:
+        setting = Setting(args.rounding_bits, args.p_error, threshold=0.0)
     rng = np.random.default_rng(args.seed)
     calibration = data["train"][0][rng.permutation(len(data["train"][0]))[:CALIBRATION_ROWS]]
-    simulated = np.sort(rng.permutation(len(y))[:SIMULATED_ROWS])
-    drawn = {batch: drawn_rows(batch, args.batch_size, args.samples, len(y), args.seed) for batch in batches}
+    simulated = np.sort(rng.permutation(rows_in_test)[:SIMULATED_ROWS])
+    drawn = {b: drawn_rows(b, args.batch_size, args.samples, rows_in_test, args.seed) for b in batches}
+    samples = sum(map(len, drawn.values()))
 
     print("measuring this machine ...", flush=True)
     seconds_per_unit, seconds_per_byte = calibrate_machine(setting, args.seed)
-    planned = [(path, bits) for path in paths for bits in args.bits]
     configurations = []
-    for path, bits in (bar := tqdm(planned, desc="compiling", unit="circuit")):
+    for path, bits in (bar := tqdm([(p, b) for p in paths for b in args.bits], desc="compiling", unit="circuit")):
         bar.set_postfix_str(f"{path.stem} at {bits} bits")
-        configuration = prepare(path, bits, data, calibration, setting, simulated)
-        seconds = configuration.facts.get("complexity", 0) * seconds_per_unit
-        configuration.facts["predicted_seconds"] = seconds
-        if configuration.status == "ok" and seconds > args.max_seconds:
-            configuration.status = "too slow"
-            configuration.reason = f"predicted {seconds:.0f} s a sample, over --max-seconds {args.max_seconds:g}"
-        configurations.append(configuration)
-    runnable = [c for c in configurations if c.status == "ok"]
-    samples = sum(map(len, drawn.values()))
-    columns = ("pbs", "complexity", "widest_integer_bits", "predicted_seconds", "accuracy_clear_test_set")
-    plan = [
-        {"model": c.path.stem, "bits": c.bits, **{k: c.facts.get(k) for k in columns}, "status": c.status}
-        for c in configurations
-    ]
-    print(f"\n{pd.DataFrame(plan).to_string(index=False, float_format='{:.4g}'.format)}")
-    total = sum(c.facts["predicted_seconds"] * (samples + 1) for c in runnable)
-    total += sum(key_bytes(c.module.fhe_circuit) * seconds_per_byte for c in runnable)
-    print(
-        f"\nthe encrypted part, {samples} samples for each of {len(runnable)} configurations, takes about {total / 60:.0f} min"
-    )
+        c = prepare(path, bits, data, calibration, setting, simulated)
+        if c.status == "ok":
+            seconds = c.facts["predicted_seconds"] = c.facts["complexity"] * seconds_per_unit
+            if seconds > args.max_seconds:
+                c.status = "too slow"
+                c.reason = f"predicted {seconds:.0f} s a sample, over --max-seconds {args.max_seconds:g}"
+        configurations.append(c)
+    print_plan(configurations, samples, seconds_per_byte)
 
     settings = {
         **machine_facts(),
         "seed": args.seed,
-        "way": "plain reference" if args.reference else "logit inside, approximate rounding",
+        "way": "plain reference: sigmoid encrypted" if args.reference else "logit encrypted, approximate rounding",
         "rounding_bits": setting.rounding_bits or "none",
         "p_error": setting.p_error,
-        "p_error in words": f"one encrypted ReLU in {1 / setting.p_error:,.0f} may be off by one step of its input",
+        "p_error in words": f"one encrypted ReLU in {1 / setting.p_error:,.0f} may see its input off by one step",
+        "security": "128 bits (Concrete's default); p_error does not change it",
         "calibration": f"{len(calibration)} training rows",
         "batch_size": args.batch_size,
         "samples": args.samples,
         "max_seconds": args.max_seconds,
-        "times": "seconds; a sample: median and interquartile range over num_items, after one run that warms up",
-        "security": "128 bits (Concrete's default parameters)",
+        "times": "seconds; *_seconds: median of one sample, after one run that warms up; fhe_time: sum over num_items",
     }
-    rows: list[dict] = []
+    rows: list[dict[str, Any]] = []
     predictions: list[pd.DataFrame] = []
-    bar = tqdm(total=len(runnable) * samples, desc="encrypted", unit="sample")
-    for c in configurations:
-        keygen_seconds = 0.0
-        if c.status == "ok":
-            bar.set_postfix_str(f"{c.path.stem} at {c.bits} bits: making keys")
-            started = time.perf_counter()
-            c.module.fhe_circuit.keygen(force=True)
-            keygen_seconds = time.perf_counter() - started
-            warm = run_encrypted(c.module, calibration[0])["run_seconds"]  # also unpacks the keys
-            bar.set_postfix_str(f"{c.path.stem} at {c.bits} bits")
-            if warm > 2 * args.max_seconds:
-                c.status, c.reason = (
-                    "too slow",
-                    f"measured {warm:.0f} s a sample, over --max-seconds {args.max_seconds:g}",
-                )
-        for batch, index in drawn.items():
-            started = time.perf_counter()
-            clear = outputs(c.module, X[index], "disable") if c.module else np.empty(0)
-            row = result_row(c, batch, y[index], clear > setting.threshold, time.perf_counter() - started)
-            if c.status == "ok":
-                runs = []
-                for k, test_row in enumerate(index):
-                    runs.append(
-                        {"label": y[test_row], "output_clear": clear[k], **run_encrypted(c.module, X[test_row])}
-                    )
-                    bar.update()
-                table = pd.DataFrame(runs)
-                table.insert(2, "decision_clear", (table["output_clear"] > setting.threshold).astype(int))
-                table.insert(4, "decision_fhe", (table["output_fhe"] > setting.threshold).astype(int))
-                row |= encrypted_columns(table, keygen_seconds)
-                where = {"model_name": c.path.stem, "q_bits": c.bits, "batch": batch, "test_row": index}
-                for position, (name, value) in enumerate(where.items()):
-                    table.insert(position, name, value)
-                predictions.append(table)
-            rows.append(row)
+    with tqdm(total=sum(c.status == "ok" for c in configurations) * samples, desc="encrypted", unit="sample") as bar:
+        for c in configurations:
+            new_rows, new_predictions = run_configuration(c, drawn, data, setting, args.max_seconds, bar)
+            rows += new_rows
+            predictions += new_predictions
             results = pd.DataFrame(rows)
-            shown = pd.concat(predictions) if predictions else pd.DataFrame()
-            here = results["batch"] == batch
-            mine = shown[shown["batch"] == batch] if len(shown) else shown
-            write_results(args.workdir / f"results_batch_{batch}.xlsx", results[here], mine, settings)
-        if c.module:
-            c.module.fhe_circuit.cleanup()
-    bar.close()
+            for b in batches:
+                mine = [table for table in predictions if table["batch"].iloc[0] == b]
+                table = pd.concat(mine) if mine else pd.DataFrame({"model_name": []})
+                name = f"results_batch_{b}.xlsx"
+                write_results(args.workdir / name, results[results["batch"] == b], table, settings)
     plot_results(results, args.workdir / "fhe_accuracy_vs_seconds.png")
-    columns = [
-        "model_name",
-        "q_bits",
-        "status",
-        "accuracy_clear_test_set",
-        "accuracy_simulated",
-        "accuracy_fhe",
-        "run_seconds",
-    ]
-    columns = [name for name in columns if name in results]
-    print(f"\n{results[columns].to_string(index=False, float_format='{:.4g}'.format)}\n")
-    print(
-        f"wrote {', '.join(f'results_batch_{b}.xlsx' for b in batches)} and fhe_accuracy_vs_seconds.png to {args.workdir}"
-    )
+    columns = ["model_name", "q_bits", "status", "accuracy_clear_test_set", "accuracy_simulated"]
+    columns += [name for name in ("accuracy_fhe", "run_seconds") if name in results]
+    print(f"\n{results.reindex(columns=columns).to_string(index=False, float_format='{:.4g}'.format)}\n")
+    written = ", ".join(f"results_batch_{b}.xlsx" for b in batches)
+    print(f"wrote {written} and fhe_accuracy_vs_seconds.png to {args.workdir}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from preprocess_mitbih import (
     load_arrays,
     load_mlp,
     make_parser,
+    quiet_tensorflow,
     run,
     start_tensorflow,
     whole_file,
@@ -41,7 +42,8 @@ def convert(model: tf_keras.Sequential) -> onnx.ModelProto:
     import tf2onnx
 
     signature = [tf.TensorSpec((None, len(FEATURES)), tf.float32, name="features")]
-    graph, _ = tf2onnx.convert.from_keras(model, signature, opset=OPSET)
+    with quiet_tensorflow():
+        graph, _ = tf2onnx.convert.from_keras(model, signature, opset=OPSET)
     onnx.checker.check_model(graph, full_check=True)
     return graph
 

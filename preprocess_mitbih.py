@@ -17,8 +17,11 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import sys
+import tempfile
 import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -88,11 +91,16 @@ FEATURES = [
     for channel, first in enumerate((_RHYTHM, _CONTEXT))
     for name, unit, formula in (*first, *_LEAD)
 ]
+# INFO lines (" I ", "I0000"), the messages of CUDA libraries on a machine without a GPU, and the frame around them.
+START_UP_NOISE = re.compile(
+    r"^I\d{4} | I tensorflow|Unable to register cu|computation placer already|cuInit|"
+    r"All log messages before absl|^To enable the following instructions"
+)
 LICENCE = "Open Data Commons Attribution License v1.0"
 SOURCE = "MIT-BIH Arrhythmia Database 1.0.0, PhysioNet, doi:10.13026/C2F305"
 
 
-# ---------------------------------------------------------------------------------------------- records to features
+# -------------------------------------------------------------------------------------------------- records to features
 def find_extremum(
     x: np.ndarray, centre: np.ndarray, window: tuple[float, float], fs: float, pick: Callable
 ) -> np.ndarray:
@@ -190,7 +198,8 @@ def read_record(path: str) -> dict[str, Any]:
         signal = wfdb.rdrecord(path).p_signal
     except (ValueError, IndexError, KeyError, OSError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{path}: cannot be read as a WFDB record, truncated or damaged ({error or type(error).__name__}); get a new copy of its .hea, .dat and .atr"
+            f"{path}: cannot be read as a WFDB record, truncated or damaged ({error or type(error).__name__}); "
+            "get a new copy of its .hea, .dat and .atr"
         ) from None
     symbols = np.array(annotation.symbol)
     is_beat = np.isin(symbols, list(CLASS_OF_SYMBOL))
@@ -204,7 +213,7 @@ def read_record(path: str) -> dict[str, Any]:
     return {"record": name, "beats": beats, "X": X, "dropped": dropped, "paced": PACED in symbols, "skipped": None}
 
 
-# ------------------------------------------------------------------------------------------- features to a data set
+# ----------------------------------------------------------------------------------------------- features to a data set
 def draw_balanced(aami: np.ndarray, abnormal: Sequence[str], limit: int | None, rng: np.random.Generator) -> np.ndarray:
     """Rising indices of as many normal as abnormal beats, at most `limit` a class (None: no limit).
 
@@ -248,7 +257,7 @@ def split_inter_patient(
     folds = min(round(1 / VAL_SHARE), len(set(records[ds1])))
     if folds < 2 or not len(test):
         raise InputError(
-            "the inter-patient split needs two records of DS1 and one of DS2 (see DS1, DS2 in this script); use --split random"
+            "the inter-patient split needs two records of DS1 and one of DS2 (see this script); use --split random"
         )
     folds = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     rest, val = next(folds.split(ds1, aami[ds1], records[ds1]))
@@ -273,7 +282,7 @@ def apply_scaler(X: np.ndarray, scaler: dict[str, Any]) -> np.ndarray:
     return np.clip(z, -scaler["clip_sd"], scaler["clip_sd"]).astype(np.float32)
 
 
-# ------------------------------------------------------------------------------------------------- getting the records
+# -------------------------------------------------------------------------------------------------- getting the records
 def sha256(path: Path) -> str:
     """SHA-256 of a file as a hexadecimal string."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -343,7 +352,7 @@ def read_all(paths: list[str], workers: int) -> list[dict[str, Any]]:
         return list(tqdm(pool.map(read_record, paths), total=len(paths), desc="reading", unit="record"))
 
 
-# ------------------------------------------------------------------------------------------- shared by all the scripts
+# -------------------------------------------------------------------------------------------- shared by all the scripts
 class InputError(Exception):
     """What the user gave cannot be used; the message names the file, what is wrong and what to do."""
 
@@ -454,23 +463,31 @@ def load_description(data_dir: Path) -> dict[str, Any]:
         raise InputError(f"{path}: damaged; make it with: python preprocess_mitbih.py --data-dir {data_dir}") from None
 
 
-def start_tensorflow(seed: int) -> Any:
-    """Import tf_keras seeded and deterministic, without TensorFlow's start-up messages; its later warnings stay."""
-    import warnings
+@contextlib.contextmanager
+def quiet_tensorflow() -> Iterator[None]:
+    """Drop TensorFlow's start-up messages; what else its C++ side writes to stderr is shown when the block ends."""
+    keep = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)  # C++ writes past Python's sys.stderr
+        try:
+            yield
+        finally:
+            os.dup2(keep, 2)
+            os.close(keep)
+            held.seek(0)
+            lines = held.read().decode(errors="replace").splitlines(keepends=True)
+            sys.stderr.writelines(line for line in lines if not START_UP_NOISE.search(line))
 
+
+def start_tensorflow(seed: int) -> Any:
+    """Import tf_keras, seeded and deterministic, without TensorFlow's start-up messages; its later warnings stay."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # no INFO from C++
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # networks this small are faster, and repeatable, on the CPU
-    keep = os.dup(2)
-    with Path(os.devnull).open("w") as null:
-        os.dup2(null.fileno(), 2)  # the C++ side writes past Python's stderr
-    try:
+    with quiet_tensorflow():
         import tensorflow as tf
         import tf_keras
 
         tf.config.list_physical_devices()
-    finally:
-        os.dup2(keep, 2)
-        os.close(keep)
     warnings.filterwarnings("ignore", message="You are saving your model as an HDF5 file")  # .h5 is what we want
     tf_keras.utils.set_random_seed(seed)
     tf.config.experimental.enable_op_determinism()
@@ -537,6 +554,11 @@ def save_figure(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
+def accuracy(model: Callable, X: np.ndarray, y: np.ndarray) -> float:
+    """Share of the rows of X (n, 32) that are put on the right side of 0.5."""
+    return float(np.mean((model(X).numpy()[:, 0] > 0.5) == y))
+
+
 def save_mlp(model: tf_keras.Sequential, path: Path) -> None:
     """Write a network as .h5, whole, without the optimizer's state."""
     with whole_file(path) as temporary:
@@ -566,7 +588,7 @@ def write_workbook(path: Path, sheets: dict[str, pd.DataFrame], formats: dict[st
                 sheet.column_dimensions[column[0].column_letter].width = min(60, max(longest, len(name) + 2) + 2)
 
 
-# ----------------------------------------------------------------------------------------------------------- the command
+# ---------------------------------------------------------------------------------------------------------- the command
 def write_dataset(
     data_dir: Path, beats: pd.DataFrame, X: np.ndarray, rows: dict[str, np.ndarray], recipe: dict[str, Any]
 ) -> pd.DataFrame:
