@@ -423,12 +423,13 @@ def load_arrays(data_dir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         for kind, shape in (("X", (len(FEATURES),)), ("y", ())):
             path = data_dir / f"Arryth_MITBIH_{split}_{kind}.npy"
             try:
-                array = np.load(path, allow_pickle=False)
+                with path.open("rb") as file:  # np.load would also take archives and pickles
+                    array = np.lib.format.read_array(file, allow_pickle=False)
             except FileNotFoundError:
                 raise InputError(f"{path}: not found; {remedy}") from None
             except (ValueError, EOFError, OSError) as error:
                 raise InputError(f"{path}: is no whole .npy array ({error}); {remedy}") from None
-            if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
+            if array.dtype.kind not in "fiub":
                 raise InputError(f"{path}: holds no numbers; {remedy}")
             if array.ndim != 1 + len(shape) or array.shape[1:] != shape or not len(array):
                 raise InputError(

@@ -1,0 +1,102 @@
+"""Small records and arrays that the tests make, and the settings they share."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+BEAT_COUNT = 60
+DAMAGED = ("V", "A", "F")  # abnormal symbols that the records hold besides N
+
+
+def make_record(
+    folder: Path,
+    name: str,
+    fs: float = 360.0,
+    seed: int = 0,
+    leads: int = 2,
+    annotate: bool = True,
+    symbols: list[str] | None = None,
+    edit=lambda signal: signal,
+) -> np.ndarray:
+    """Write an ECG-like WFDB record and return its beats' samples; every third beat is abnormal, wide and early."""
+    import wfdb
+
+    rng = np.random.default_rng(seed)
+    symbols = symbols or [DAMAGED[(k // 3) % 3] if k % 3 == 2 else "N" for k in range(BEAT_COUNT)]
+    rr = np.array([0.55 if s != "N" else 0.85 for s in symbols]) + rng.normal(0, 0.02, len(symbols))
+    times = 0.8 + np.cumsum(rr)
+    t = np.arange(int((times[-1] + 1.0) * fs)) / fs
+    signal = rng.normal(0, 0.01, (len(t), 2))
+    for time, symbol in zip(times, symbols):
+        wide = 1.0 if symbol == "N" else 2.2
+        for height, centre, width in ((0.15, -0.17, 0.02), (-0.1, -0.03, 0.01), (1.0, 0, 0.012), (-0.2, 0.03, 0.01)):
+            bump = height * np.exp(-0.5 * ((t - time - centre * wide) / (width * wide)) ** 2)
+            signal += np.outer(bump, [1.0, 0.6])
+        signal += np.outer(0.3 * np.exp(-0.5 * ((t - time - 0.28) / 0.04) ** 2), [1.0, 0.5])
+    folder.mkdir(parents=True, exist_ok=True)
+    signal = edit(signal)[:, :leads]
+    names = ["MLII", "V1"][:leads]
+    wfdb.wrsamp(name, fs, ["mV"] * leads, names, signal, fmt=["16"] * leads, write_dir=str(folder))
+    samples = np.rint(times * fs).astype(int)
+    if annotate:
+        mixed_samples = np.insert(samples, 1, samples[0] + 5)  # a rhythm change, which is no beat
+        mixed_symbols = [symbols[0], "+", *symbols[1:]]
+        wfdb.wrann(name, "atr", mixed_samples, mixed_symbols, write_dir=str(folder))
+    return samples
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    """A folder of four small two-lead records, two of DS1 and two of DS2."""
+    folder = tmp_path / "records"
+    for seed, name in enumerate(("101", "106", "100", "103")):
+        make_record(folder, name, seed=seed)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def arrays(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first rows of the shipped arrays, without dataset.json, as somebody else's arrays would come."""
+    folder = tmp_path_factory.mktemp("arrays")
+    for split, rows in (("train", 3000), ("val", 600), ("test", 600)):
+        for kind in "Xy":
+            array = np.load(ROOT / "data" / f"Arryth_MITBIH_{split}_{kind}.npy")
+            np.save(folder / f"Arryth_MITBIH_{split}_{kind}.npy", array[:rows])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def workdir(arrays: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which steps 1 to 4 have run on small settings."""
+    import dynamic_pruning_eval
+    import h5_onnx_converter
+    import MLP_model_0
+    import TF_pruning
+
+    folder = tmp_path_factory.mktemp("work")
+    common = ["--data-dir", str(arrays), "--workdir", str(folder)]
+    MLP_model_0.main([*common, "--epochs", "8"])
+    TF_pruning.main([*common, "--epochs", "4"])
+    dynamic_pruning_eval.main([*common, "--fine-tune-epochs", "1"])
+    h5_onnx_converter.main(common)
+    return folder
+
+
+def refusal(main, argv: list[str], capsys: pytest.CaptureFixture) -> str:
+    """The one line on stderr with which a command refuses; fails unless it exits with 2 and without a traceback."""
+    from preprocess_mitbih import run
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: main([str(a) for a in argv]))
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "it/s" not in line and line.strip()]
+    assert not any("Traceback" in line for line in lines)
+    return lines[-1]

@@ -1,0 +1,329 @@
+"""Steps 1 to 4: what their files hold, and the functions that shape the networks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import h5py
+import numpy as np
+import onnx
+import onnxruntime
+import pandas as pd
+import pytest
+from conftest import refusal
+
+import dynamic_pruning_eval as step3
+import h5_onnx_converter as step4
+import MLP_model_0 as step1
+import preprocess_mitbih as pre
+import TF_pruning as step2
+
+
+@pytest.fixture(scope="module")
+def keras():
+    return pre.start_tensorflow(0)
+
+
+def forward(layers, X):
+    for kernel, bias in layers[:-1]:
+        X = np.maximum(X @ kernel + bias, 0)
+    return X @ layers[-1][0] + layers[-1][1]
+
+
+def random_layers(widths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        (rng.normal(size=(a, b)).astype(np.float32), rng.normal(size=b).astype(np.float32))
+        for a, b in zip(widths, widths[1:])
+    ]
+
+
+# Step 1
+
+
+def test_metrics_against_numbers_by_hand():
+    y = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    probability = np.array([0.1, 0.2, 0.3, 0.9, 0.8, 0.7, 0.6, 0.4])
+    m = step1.classification_metrics(y, probability, np.array(list("NNNNSVVF")))
+    assert m["confusion_matrix"] == {"tn": 3, "fp": 1, "fn": 1, "tp": 3}
+    assert m["accuracy"] == m["precision"] == m["recall"] == m["specificity"] == m["f1"] == 0.75
+    assert m["auc"] == 12 / 16
+    assert m["sensitivity_by_class"] == {"S": 1, "V": 1, "F": 0}
+
+
+def test_balanced_weights_give_both_labels_the_same_say():
+    y = np.array([0, 0, 0, 1])
+    weights = step1.balanced_weights(y)
+    assert weights[y == 0].sum() == weights[y == 1].sum() == 2
+
+
+def test_baseline_is_the_published_network_and_its_report_is_of_the_saved_file(workdir, arrays, keras):
+    model = pre.load_mlp(workdir / "MLP_model_0.h5", "")
+    assert [layer.units for layer in model.layers if hasattr(layer, "units")] == [64, 64, 32, 16, 1]
+    assert [layer.rate for layer in model.layers if hasattr(layer, "rate")] == [0.2] * 3
+    metrics = json.loads((workdir / "MLP_model_0_metrics.json").read_text())
+    accuracy = pre.accuracy(model, *pre.load_arrays(arrays)["test"])
+    assert metrics["test"]["accuracy"] == pytest.approx(accuracy, abs=1e-9)
+    assert accuracy > 0.9
+    for name in ("training", "roc"):
+        assert (workdir / f"MLP_model_0_{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_same_seed_same_network_other_seed_another(arrays, tmp_path, keras):
+    weights = []
+    for run, seed in enumerate((1, 1, 2)):
+        folder = str(tmp_path / str(run))
+        step1.main(["--data-dir", str(arrays), "--workdir", folder, "--seed", str(seed), "--epochs", "1"])
+        weights.append(
+            np.concatenate([w.ravel() for w in pre.load_mlp(tmp_path / folder / "MLP_model_0.h5", "").get_weights()])
+        )
+    np.testing.assert_array_equal(weights[0], weights[1])
+    assert np.abs(weights[0] - weights[2]).max() > 1e-3
+
+
+# Step 2
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 32])
+def test_block_mask_zeroes_whole_blocks_of_the_least_mean(rows):
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(32, 6)).astype(np.float32)
+
+    def keep_better_half(means):
+        return 0, np.asarray(means) >= np.median(means)
+
+    _, mask = step2.block_mask(weights, rows, keep_better_half)
+    mask = np.asarray(mask)
+    assert mask.shape == weights.shape
+    blocks = [(slice(r, r + rows), c) for r in range(0, 32, rows) for c in range(6)]
+    means = np.array([np.abs(weights[b]).mean() for b in blocks])
+    for block, mean in zip(blocks, means):
+        assert (mask[block] == (mean >= np.median(means))).all()
+
+
+@pytest.mark.parametrize(("option", "rows"), [("neuron", None), ("4", 4), ("1", 1)])
+def test_pruned_file_is_three_quarters_zero_in_whole_blocks(workdir, arrays, tmp_path, keras, option, rows):
+    shutil.copy(workdir / "MLP_model_0.h5", tmp_path)
+    step2.main(["--data-dir", str(arrays), "--workdir", str(tmp_path), "--epochs", "1", "--block-rows", option])
+    model = pre.load_mlp(tmp_path / "tf_pruned_model.h5", "")
+    report = json.loads((tmp_path / "tf_pruned_model_metrics.json").read_text())
+    *hidden, output = step3.dense_layers(model)
+    assert (output[0] != 0).all()
+    for kernel, _ in hidden:
+        assert np.mean(kernel == 0) == pytest.approx(0.75, abs=0.02)
+        blocks = (kernel == 0).reshape(-1, rows or len(kernel), kernel.shape[1])
+        assert (blocks.all(axis=1) == blocks.any(axis=1)).all()
+    assert report["accuracy"]["after"] == report["accuracy"]["reloaded"]
+    assert report["accuracy"]["before"]["val"] == pre.accuracy(
+        pre.load_mlp(tmp_path / "MLP_model_0.h5", ""), *pre.load_arrays(arrays)["val"]
+    )
+
+
+def test_sparsity_follows_the_polynomial_decay(workdir, arrays, keras):
+    data = pre.load_arrays(arrays)
+    model = pre.load_mlp(workdir / "MLP_model_0.h5", "")
+    wrapped = step2.wrap_for_pruning(model, 1, end_step=200)
+    for old, new in zip(model.layers, wrapped.layers):
+        for a, b in zip(old.get_weights(), getattr(new, "layer", new).get_weights()):
+            np.testing.assert_array_equal(a, b)
+    wrapped.compile("adam", "binary_crossentropy")
+    from tensorflow_model_optimization.sparsity.keras import UpdatePruningStep
+
+    wrapped.fit(
+        data["train"][0][:3200], data["train"][1][:3200], batch_size=32, verbose=0, callbacks=[UpdatePruningStep()]
+    )
+    expected = 0.75 - 0.5 * (1 - 100 / 200) ** 3  # the masks were last set at step 100 of 200
+    shares = list(step2.layer_sparsity(wrapped).values())
+    assert shares[:-1] == pytest.approx([expected] * 4, abs=0.01)
+    assert shares[-1] == 0
+
+
+# Step 3
+
+
+def test_removing_dead_neurons_changes_nothing():
+    layers = random_layers((32, 8, 6, 1))
+    layers[0][0][:, [1, 5]] = 0  # two neurons that give relu(bias) whatever comes in
+    layers[0][1][:] = [1, 2, -1, 1, 1, -3, 1, 1]
+    X = np.random.default_rng(1).normal(size=(50, 32)).astype(np.float32)
+    smaller = step3.remove_neurons(
+        layers, 0, np.array([0, 2, 3, 4, 6, 7]), np.maximum(X @ layers[0][0] + layers[0][1], 0)
+    )
+    assert smaller[0][0].shape == (32, 6)
+    assert smaller[1][0].shape == (6, 6)
+    np.testing.assert_allclose(forward(smaller, X), forward(layers, X), atol=1e-4, rtol=1e-5)
+    other = np.random.default_rng(2).normal(size=(50, 32)).astype(np.float32)
+    np.testing.assert_allclose(forward(smaller, other), forward(layers, other), atol=1e-4, rtol=1e-5)
+
+
+def test_shrink_takes_neurons_with_most_zeros_then_least_saliency():
+    layers = random_layers((32, 4, 3, 1))
+    layers[0][0][:20, 2] = 0
+    layers[0][0][:, 1] *= 1e-3
+    X = np.random.default_rng(1).normal(size=(50, 32)).astype(np.float32)
+    one_less = step3.shrink(layers, (3, 3), X)
+    np.testing.assert_array_equal(one_less[0][0], layers[0][0][:, [0, 1, 3]])
+    two_less = step3.shrink(layers, (2, 3), X)
+    np.testing.assert_array_equal(two_less[0][0], layers[0][0][:, [0, 3]])
+
+
+def test_saliency_does_not_change_when_a_neuron_is_rescaled():
+    layers = random_layers((32, 4, 1))
+    before = step3.saliency(layers, 0)
+    layers[0][0][:, 2] *= 10
+    layers[1][0][2] /= 10
+    np.testing.assert_allclose(step3.saliency(layers, 0), before, rtol=1e-5)
+
+
+def test_revive_fills_empty_neurons_without_changing_the_network():
+    layers = random_layers((32, 6, 4, 1))
+    layers[0][0][:, 3] = 0
+    layers[1][0][:, 1] = 0
+    X = np.random.default_rng(1).normal(size=(50, 32)).astype(np.float32)
+    revived = step3.revive(layers, np.random.default_rng(0))
+    assert all(kernel.any(axis=0).all() for kernel, _ in revived[:-1])
+    np.testing.assert_allclose(forward(revived, X), forward(layers, X), atol=1e-4, rtol=1e-5)
+    assert not layers[0][0][:, 3].any()  # the input is left alone
+
+
+def test_step3_files_hold_what_the_workbook_says(workdir, arrays, keras):
+    data = pre.load_arrays(arrays)
+    table = pd.read_excel(workdir / "dynamic_pruning_results.xlsx", sheet_name="results")
+    assert list(table["rate_percent"]) == list(range(25, 91, 5))
+    kept = table.dropna(subset="file")
+    assert len(kept) == 10
+    assert kept["val_accuracy"].min() >= table[table["file"].isna()]["val_accuracy"].max()
+    files = pre.by_rank(workdir, ".h5")
+    assert {p.name for p in files} == set(kept["file"])
+    for rank, path in enumerate(files, 1):
+        row = kept[kept["file"] == path.name].iloc[0]
+        model = pre.load_mlp(path, "")
+        widths = [layer.units for layer in model.layers[:-1]]
+        assert path.name == f"pruned_model_top_{rank}_prune_{row['rate_percent']}_acc_{row['val_accuracy']:.4f}.h5"
+        assert widths == [n - n * row["rate_percent"] // 100 for n in (64, 64, 32, 16)]
+        assert row["hidden_neurons"] == sum(widths)
+        assert row["parameters"] == model.count_params()
+        assert pre.accuracy(model, *data["val"]) == pytest.approx(row["val_accuracy"], abs=1e-12)
+        assert pre.accuracy(model, *data["test"]) == pytest.approx(row["test_accuracy"], abs=1e-12)
+        assert 0 < row["latency_row_ms"] < row["latency_set_ms"] * 50
+    accuracies = [kept[kept["file"] == p.name]["val_accuracy"].iloc[0] for p in files]
+    assert accuracies == sorted(accuracies, reverse=True)
+    for name in ("accuracy", "latency"):
+        assert (workdir / f"dynamic_pruning_{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_shot_pruning_only_removes_and_an_earlier_run_does_not_linger(workdir, arrays, tmp_path, keras):
+    shutil.copy(workdir / "tf_pruned_model.h5", tmp_path)
+    (tmp_path / "pruned_model_top_1_prune_25_acc_0.1234.h5").write_bytes(b"an earlier run's")
+    common = ["--data-dir", str(arrays), "--workdir", str(tmp_path), "--fine-tune-epochs", "0"]
+    step3.main([*common, "--rates", "25", "50"])
+    files = pre.by_rank(tmp_path, ".h5")
+    assert len(files) == 2
+    assert (tmp_path / "pruned_model_top_1_prune_25_acc_0.1234.h5") not in files
+    full = {
+        w for kernel, _ in step3.dense_layers(pre.load_mlp(workdir / "tf_pruned_model.h5", "")) for w in kernel.ravel()
+    }
+    for path in files:
+        layers = step3.dense_layers(pre.load_mlp(path, ""))
+        assert {w for kernel, _ in layers for w in kernel.ravel()} <= full
+
+
+# Step 4
+
+
+def test_onnx_files_are_checked_and_equal_keras(workdir, arrays, keras):
+    X = pre.load_arrays(arrays)["test"][0]
+    files = pre.by_rank(workdir, ".onnx")
+    assert [p.stem for p in files] == [p.stem for p in pre.by_rank(workdir, ".h5")]
+    for path in files:
+        graph = onnx.load(path)
+        onnx.checker.check_model(graph, full_check=True)
+        assert [o.version for o in graph.opset_import if o.domain == ""] == [14]
+        session = onnxruntime.InferenceSession(path)
+        got = session.run(None, {session.get_inputs()[0].name: X})[0]
+        expected = pre.load_mlp(path.with_suffix(".h5"), "")(X).numpy()
+        assert np.abs(got - expected).max() < 1e-5
+
+
+def test_a_conversion_that_differs_is_an_error_and_leaves_no_file(workdir, arrays, tmp_path, keras, monkeypatch):
+    def wrong(model):
+        layers = step3.dense_layers(model)
+        layers[-1][1][:] += 0.01
+        return convert(step3.build(layers))
+
+    convert = step4.convert
+    monkeypatch.setattr(step4, "convert", wrong)
+    source = pre.by_rank(workdir, ".h5")[0]
+    with pytest.raises(SystemExit, match="differs from Keras"):
+        step4.main(["--data-dir", str(arrays), "--workdir", str(tmp_path), "--models", str(source)])
+    assert not list(tmp_path.iterdir())
+
+
+# Bad input to any of them
+
+
+def corrupt(path, how, tmp_path):
+    """A copy of a good .h5 file in tmp_path, damaged."""
+    target = tmp_path / path.name
+    shutil.copy(path, target)
+    if how == "missing":
+        target.unlink()
+    elif how == "truncated":
+        target.write_bytes(target.read_bytes()[:3000])
+    elif how == "foreign":
+        target.write_text("not a network")
+    else:
+        with h5py.File(target, "r+") as file:
+            config = json.loads(file.attrs["model_config"])
+            layers = config["config"]["layers"]
+            if how == "nan":
+                file["model_weights/hidden_1/hidden_1/kernel:0"][0, 0] = np.nan
+            elif how == "code":
+                code = {"class_name": "Lambda", "config": {"name": "x", "function": ["evil", None, None]}}
+                layers.insert(1, code)
+            elif how == "wrong shape":
+                del file["model_weights/hidden_1/hidden_1/kernel:0"]
+                file["model_weights/hidden_1/hidden_1/kernel:0"] = np.zeros((31, 64), np.float32)
+            elif how == "no sigmoid":
+                layers[-1]["config"]["activation"] = "linear"
+            file.attrs["model_config"] = json.dumps(config)
+    return target
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "foreign", "nan", "code", "wrong shape", "no sigmoid"])
+def test_bad_networks_are_refused_in_one_line(workdir, arrays, tmp_path, capsys, how):
+    common = ["--data-dir", arrays, "--workdir", tmp_path]
+    for step, source, command in (
+        (step2, "MLP_model_0.h5", "python MLP_model_0.py"),
+        (step3, "tf_pruned_model.h5", "python TF_pruning.py"),
+    ):
+        target = corrupt(workdir / source, how, tmp_path)
+        line = refusal(step.main, common, capsys)
+        assert source in line
+        assert command in line
+        target.unlink(missing_ok=True)
+    first = pre.by_rank(workdir, ".h5")[0]
+    target = corrupt(first, how, tmp_path)
+    good = tmp_path / "pruned_model_top_2_prune_30_acc_0.9.h5"
+    shutil.copy(pre.by_rank(workdir, ".h5")[1], good)
+    if how != "missing":
+        line = refusal(step4.main, common, capsys)
+        assert target.name in line
+        assert "python dynamic_pruning_eval.py" in line
+    assert not list(tmp_path.glob("*.onnx"))  # not even of the good one
+
+
+def test_bad_options_and_missing_inputs_are_refused(workdir, arrays, tmp_path, capsys):
+    common = ["--data-dir", arrays, "--workdir", tmp_path]
+    assert "python dynamic_pruning_eval.py" in refusal(step4.main, common, capsys)
+    assert "--rates" in refusal(step3.main, [*common, "--rates", "50", "25"], capsys)
+    assert "neuron" in refusal(step2.main, [*common, "--block-rows", "0"], capsys)
+    assert "--epochs" in refusal(step1.main, [*common, "--epochs", "0"], capsys)
+    for step in (step1, step2, step3, step4):
+        line = refusal(step.main, ["--data-dir", tmp_path / "none", "--workdir", workdir], capsys)
+        assert "preprocess_mitbih.py" in line
+    (tmp_path / "file").write_text("x")
+    assert "file" in refusal(
+        step1.main, ["--data-dir", arrays, "--workdir", tmp_path / "file", "--epochs", "1"], capsys
+    )
