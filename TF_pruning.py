@@ -57,8 +57,10 @@ def block_mask(weights: Any, rows: int, choose: Callable[[Any], tuple[Any, Any]]
     return threshold, tf.gather(kept, block_of_row)
 
 
-def wrap_for_pruning(model: tf_keras.Sequential, block_rows: int | None, end_step: int) -> tf_keras.Sequential:
-    """Copy of `model` whose hidden Dense layers prune themselves while trained; block_rows None: whole neurons.
+def wrap_for_pruning(model: tf_keras.Sequential, block_rows: int | None, steps: int) -> tf_keras.Sequential:
+    """Copy of `model` whose hidden Dense layers prune themselves over `steps` gradient steps; block_rows None: neurons.
+
+    The schedule ends at the last update of the masks, so that the final sparsity is reached exactly.
 
     Schedule: Zhu & Gupta, "To prune, or not to prune", arXiv:1710.01878 (TFMOT's PolynomialDecay, power 3).
     """
@@ -81,11 +83,14 @@ def wrap_for_pruning(model: tf_keras.Sequential, block_rows: int | None, end_ste
                 lambda: self.pruning_step, self.pruning_vars, self.pruning_schedule, self.block_size, "AVG"
             )
 
+    every = min(UPDATE_EVERY, max(1, steps - 1))
+    end_step = (steps - 1) // every * every or 1  # TFMOT counts from 0
+
     def wrap(layer: tf_keras.layers.Layer) -> tf_keras.layers.Layer:
         copy = layer.__class__.from_config(layer.get_config())
         if not isinstance(layer, tf_keras.layers.Dense) or layer is model.layers[-1]:
             return copy
-        schedule = PolynomialDecay(INITIAL_SPARSITY, FINAL_SPARSITY, 0, end_step, frequency=UPDATE_EVERY)
+        schedule = PolynomialDecay(INITIAL_SPARSITY, FINAL_SPARSITY, 0, end_step, frequency=every)
         return PruneBlocks(copy, pruning_schedule=schedule)
 
     wrapped = tf_keras.models.clone_model(model, clone_function=wrap)
@@ -146,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     (X, y), validation = data["train"], data["val"]
     rows = None if args.block_rows == "neuron" else int(args.block_rows)
-    wrapped = wrap_for_pruning(model, rows, end_step=args.epochs * math.ceil(len(X) / args.batch_size))
+    wrapped = wrap_for_pruning(model, rows, steps=args.epochs * math.ceil(len(X) / args.batch_size))
     wrapped.compile(keras.optimizers.Adam(args.learning_rate), "binary_crossentropy", metrics=["accuracy"])
     sparsity: list[dict[str, float]] = []
     record = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: sparsity.append(layer_sparsity(wrapped)))
@@ -159,7 +164,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         callbacks=[UpdatePruningStep(), record, epoch_progress("pruning", args.epochs)],
         verbose=0,
     ).history
-    pruned = strip_pruning(wrapped)
+    pruned = keras.models.clone_model(model)  # without the wrappers, in fact and in name
+    pruned.set_weights(strip_pruning(wrapped).get_weights())
     stages["after"] = {part: accuracy(pruned, *data[part]) for part in ("val", "test")}
 
     path = args.workdir / "tf_pruned_model.h5"

@@ -1,0 +1,73 @@
+"""The repository as a newcomer meets it: shipped data, help texts, imports that do no work."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+import preprocess_mitbih as pre
+
+SCRIPTS = sorted(p.name for p in ROOT.glob("*.py"))
+MITDB = Path(os.environ.get("MITDB_DIR", ROOT / "data" / "mitdb"))
+
+
+def test_shipped_arrays_are_the_default_data_set():
+    data = pre.load_arrays(ROOT / "data")
+    beats = pd.read_csv(ROOT / "data" / "beats.csv", dtype=str)
+    assert sum(len(y) for _, y in data.values()) == len(beats) == 24_148
+    assert not beats.duplicated(["record", "sample"]).any()
+    assert beats["record"].nunique() == 48
+    assert (beats["aami"] != "N").sum() == 12_074
+    assert {s: len(y) for s, (_, y) in data.items()} == {"train": 13_522, "val": 3_381, "test": 7_245}
+
+
+@pytest.mark.skipif(not (MITDB / "100.dat").exists(), reason="the MIT-BIH records are not here")
+def test_shipped_arrays_come_from_the_records(tmp_path):
+    pre.main(["--records-dir", str(MITDB), "--data-dir", str(tmp_path), "--no-download"])
+    assert (tmp_path / "beats.csv").read_text() == (ROOT / "data" / "beats.csv").read_text()
+    for split in pre.SPLITS:
+        for kind in "Xy":
+            name = f"Arryth_MITBIH_{split}_{kind}.npy"
+            np.testing.assert_allclose(np.load(tmp_path / name), np.load(ROOT / "data" / name), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_every_default_and_importing_does_no_work(script, tmp_path):
+    shown = subprocess.run(
+        [sys.executable, ROOT / script, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert shown.stderr == ""
+    for option in ("--data-dir", "--workdir", "--seed", "default: 42", f"python {script}"):
+        assert option in shown.stdout
+    code = f"import sys, {Path(script).stem}; assert 'tensorflow' not in sys.modules and 'concrete' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refusal_on_the_command_line_is_one_line_and_status_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "MLP_model_0.py", "--data-dir", tmp_path], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "Arryth_MITBIH_train_X.npy: not found; make it with: python preprocess_mitbih.py" in done.stderr
+
+
+def test_tensorflow_starts_silently_but_its_warnings_stay(tmp_path):
+    code = (
+        "import os, sys, preprocess_mitbih as p\n"
+        "p.start_tensorflow(1)\n"
+        "with p.quiet_tensorflow():\n"
+        "    os.write(2, b'I0000 00:00 noise.cc:1] start-up\\n')\n"
+        "    os.write(2, b'W tensorflow/core/x.cc:1] a real warning\\n')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == "W tensorflow/core/x.cc:1] a real warning\n"
