@@ -15,10 +15,12 @@ import pandas as pd
 
 from preprocess_mitbih import (
     FEATURES,
+    balanced_weights,
     epoch_progress,
     load_arrays,
     load_mlp,
     make_parser,
+    positive_float,
     positive_int,
     run,
     save_figure,
@@ -53,11 +55,6 @@ def build_mlp(hidden: Sequence[int], dropout: float, learning_rate: float) -> tf
     return model
 
 
-def balanced_weights(y: np.ndarray) -> np.ndarray:
-    """Weight of each row (n,) that gives both labels the same say; 1 for balanced data, mean 1 for any."""
-    return (len(y) / (2 * np.bincount(y, minlength=2)))[y]
-
-
 def classification_metrics(y: np.ndarray, probability: np.ndarray, aami: np.ndarray | None) -> dict[str, Any]:
     """Figures of merit at threshold 0.5.
 
@@ -86,7 +83,7 @@ def classification_metrics(y: np.ndarray, probability: np.ndarray, aami: np.ndar
     return metrics
 
 
-def test_classes(data_dir: Path, y: np.ndarray) -> np.ndarray | None:
+def aami_of_test_rows(data_dir: Path, y: np.ndarray) -> np.ndarray | None:
     """AAMI class of each test row (n,) from beats.csv, or None where the arrays come without it."""
     path = data_dir / "beats.csv"
     if not (data_dir / "dataset.json").exists() or not path.exists():
@@ -135,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--patience", type=positive_int, default=PATIENCE, help="epochs without a better validation loss"
     )
     parser.add_argument("--batch-size", type=positive_int, default=BATCH_SIZE, help="beats a gradient step")
-    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="of Adam")
+    parser.add_argument("--learning-rate", type=positive_float, default=LEARNING_RATE, help="of Adam")
     args = parser.parse_args(argv)
     data = load_arrays(args.data_dir)
     keras = start_tensorflow(args.seed)
@@ -163,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "best_epoch": 1 + int(np.argmin(history["val_loss"])),
         "seed": args.seed,
         "validation": classification_metrics(y_val, val_probability, None),
-        "test": classification_metrics(y_test, probability, test_classes(args.data_dir, y_test)),
+        "test": classification_metrics(y_test, probability, aami_of_test_rows(args.data_dir, y_test)),
     }
     write_json(args.workdir / "MLP_model_0_metrics.json", metrics)
     plot_training(history, args.workdir / "MLP_model_0_training.png")

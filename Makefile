@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
 RUN := .venv/bin/python
 ARRAYS := $(wildcard data/*.npy) data/dataset.json
 
-all: results_batch_0.xlsx
+all: .fhe.stamp
 
 .venv/.ready: requirements.txt
 	@test -n "$(PYTHON)" || { echo "make: Python 3.10, 3.11 or 3.12 with venv is needed; name one: make PYTHON=python3.11" >&2; exit 2; }
@@ -30,12 +30,14 @@ tf_pruned_model.h5: TF_pruning.py MLP_model_0.h5 | .venv/.ready
 dynamic_pruning_results.xlsx: dynamic_pruning_eval.py tf_pruned_model.h5 | .venv/.ready
 	$(RUN) dynamic_pruning_eval.py
 
+# The files of steps 4 and 5 have names that follow the results, and step 5's must survive an interrupt: stamps.
 .onnx.stamp: h5_onnx_converter.py dynamic_pruning_results.xlsx | .venv/.ready
 	$(RUN) h5_onnx_converter.py
 	@touch $@
 
-results_batch_0.xlsx: fhe_experiments.py .onnx.stamp | .venv/.ready
+.fhe.stamp: fhe_experiments.py .onnx.stamp | .venv/.ready
 	$(RUN) fhe_experiments.py
+	@touch $@
 
 data: .venv/.ready
 	$(RUN) preprocess_mitbih.py
@@ -48,4 +50,4 @@ lint: .venv/.ready
 	$(RUN) -m ruff format --check .
 
 clean:
-	rm -f MLP_model_0.h5 MLP_model_0_* tf_pruned_model* dynamic_pruning_*.png dynamic_pruning_*.xlsx pruned_model_top_* results_batch_*.xlsx fhe_*.png .onnx.stamp
+	rm -f MLP_model_0.h5 MLP_model_0_* tf_pruned_model* dynamic_pruning_*.png dynamic_pruning_*.xlsx pruned_model_top_* results_batch_*.xlsx fhe_*.png .onnx.stamp .fhe.stamp

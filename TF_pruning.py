@@ -20,10 +20,12 @@ import pandas as pd
 
 from preprocess_mitbih import (
     accuracy,
+    balanced_weights,
     epoch_progress,
     load_arrays,
     load_mlp,
     make_parser,
+    positive_float,
     positive_int,
     run,
     save_figure,
@@ -60,9 +62,8 @@ def block_mask(weights: Any, rows: int, choose: Callable[[Any], tuple[Any, Any]]
 def wrap_for_pruning(model: tf_keras.Sequential, block_rows: int | None, steps: int) -> tf_keras.Sequential:
     """Copy of `model` whose hidden Dense layers prune themselves over `steps` gradient steps; block_rows None: neurons.
 
-    The schedule ends at the last update of the masks, so that the final sparsity is reached exactly.
-
-    Schedule: Zhu & Gupta, "To prune, or not to prune", arXiv:1710.01878 (TFMOT's PolynomialDecay, power 3).
+    The schedule, of Zhu & Gupta, "To prune, or not to prune", arXiv:1710.01878 (TFMOT's PolynomialDecay, power 3), ends
+    at the last update of the masks, so that the final sparsity is reached exactly.
     """
     import tf_keras
     from tensorflow_model_optimization.python.core.sparsity.keras import pruning_impl, pruning_wrapper
@@ -140,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--epochs", type=positive_int, default=EPOCHS, help="passes over the training part")
     parser.add_argument("--batch-size", type=positive_int, default=BATCH_SIZE, help="beats a gradient step")
-    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="of Adam")
+    parser.add_argument("--learning-rate", type=positive_float, default=LEARNING_RATE, help="of Adam")
     args = parser.parse_args(argv)
     data = load_arrays(args.data_dir)
     keras = start_tensorflow(args.seed)
@@ -149,10 +150,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load_mlp(args.workdir / "MLP_model_0.h5", "python MLP_model_0.py")
     stages = {"before": {part: accuracy(model, *data[part]) for part in ("val", "test")}}
 
-    (X, y), validation = data["train"], data["val"]
+    (X, y), (X_val, y_val) = data["train"], data["val"]
     rows = None if args.block_rows == "neuron" else int(args.block_rows)
     wrapped = wrap_for_pruning(model, rows, steps=args.epochs * math.ceil(len(X) / args.batch_size))
-    wrapped.compile(keras.optimizers.Adam(args.learning_rate), "binary_crossentropy", metrics=["accuracy"])
+    wrapped.compile(
+        keras.optimizers.Adam(args.learning_rate), "binary_crossentropy", metrics=["accuracy"], weighted_metrics=[]
+    )
     sparsity: list[dict[str, float]] = []
     record = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: sparsity.append(layer_sparsity(wrapped)))
     history = wrapped.fit(
@@ -160,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         y,
         batch_size=args.batch_size,
         epochs=args.epochs,
-        validation_data=validation,
+        validation_data=(X_val, y_val, balanced_weights(y_val)),
         callbacks=[UpdatePruningStep(), record, epoch_progress("pruning", args.epochs)],
         verbose=0,
     ).history

@@ -1,7 +1,9 @@
 """Step 3: remove neurons at rates from 25 % to 90 %, fine-tune, measure, and keep the ten best networks.
 
-Each rate goes on from the network of the rate before. The neurons with the most zero weights go first; what a removed
-neuron gave on average moves into the biases of the next layer.
+Each rate goes on from the network of the rate before. The neurons with the most zero weights go first, and among equals
+those of the least saliency: fine-tuning fills the zeros of step 2, so from the second rate on, saliency decides, while
+one-shot pruning (--fine-tune-epochs 0) ranks by zeros throughout. What a removed neuron gave on average moves into the
+biases of the next layer.
 
 Reads   tf_pruned_model.h5 in --workdir (python TF_pruning.py makes it) and the arrays in --data-dir
 Writes  to --workdir: ten pruned_model_top_{rank}_prune_{percent}_acc_{validation accuracy}.h5,
@@ -11,8 +13,6 @@ Run     python dynamic_pruning_eval.py
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Sequence
@@ -22,11 +22,14 @@ import pandas as pd
 
 from preprocess_mitbih import (
     accuracy,
+    balanced_weights,
     by_rank,
     epoch_progress,
     load_arrays,
     load_mlp,
+    machine_facts,
     make_parser,
+    natural_int,
     run,
     save_figure,
     save_mlp,
@@ -41,7 +44,7 @@ RATES = tuple(range(25, 91, 5))  # percent of the neurons of each hidden layer t
 FINE_TUNE_EPOCHS = 30  # after each rate; 0 is one-shot pruning
 BATCH_SIZE = 64  # beats a gradient step
 LEARNING_RATE = 1e-3  # of Adam at the start of each fine-tuning; falls to 0 along a cosine
-WEIGHT_DECAY = 0.3  # of AdamW; narrow weight ranges survive quantization: at 5 bits it is worth 1 to 8 points
+WEIGHT_DECAY = 0.3  # decoupled, of weights and biases; narrow ranges survive quantization (tried on validation rows)
 KEEP = 10  # networks that are saved
 CYCLES = 20  # timed repetitions of each latency, after one that warms up
 
@@ -131,18 +134,18 @@ def fine_tune(model: tf_keras.Sequential, data: dict[str, Any], epochs: int, tit
     """Train `model` in place and keep the weights of the epoch with the least validation loss."""
     import tf_keras
 
-    X, y = data["train"]
+    (X, y), (X_val, y_val) = data["train"], data["val"]
     steps = epochs * -(-len(X) // BATCH_SIZE)
     rate = tf_keras.optimizers.schedules.CosineDecay(LEARNING_RATE, steps)
     optimizer = tf_keras.optimizers.Adam(rate, weight_decay=WEIGHT_DECAY)
-    model.compile(optimizer, "binary_crossentropy", metrics=["accuracy"])
+    model.compile(optimizer, "binary_crossentropy", metrics=["accuracy"], weighted_metrics=[])
     best = tf_keras.callbacks.EarlyStopping("val_loss", patience=epochs, restore_best_weights=True)
     model.fit(
         X,
         y,
         batch_size=BATCH_SIZE,
         epochs=epochs,
-        validation_data=data["val"],
+        validation_data=(X_val, y_val, balanced_weights(y_val)),
         callbacks=[best, epoch_progress(title, epochs)],
         verbose=0,
     )
@@ -188,11 +191,12 @@ def save_best(models: dict[int, tf_keras.Sequential], table: pd.DataFrame, workd
     """
     order = table.sort_values(["val_accuracy", "rate_percent"], ascending=False).index[:KEEP]
     names = [""] * len(table)
+    earlier = [*by_rank(workdir, ".h5"), *by_rank(workdir, ".onnx")]  # .onnx: step 4 must run again
     for rank, row in enumerate(order, 1):
         percent = int(table.loc[row, "rate_percent"])
         names[row] = f"pruned_model_top_{rank}_prune_{percent}_acc_{table.loc[row, 'val_accuracy']:.4f}.h5"
         save_mlp(models[percent], workdir / names[row])
-    for old in by_rank(workdir, ".h5"):
+    for old in earlier:
         if old.name not in names:
             old.unlink()
     return names
@@ -224,12 +228,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Remove, fine-tune and measure at every rate, then keep the best."""
     parser = make_parser(__doc__)
     parser.add_argument("--rates", type=int, nargs="+", default=RATES, help="neurons removed, percent, rising")
-    parser.add_argument("--fine-tune-epochs", type=int, default=FINE_TUNE_EPOCHS, help="after each rate; 0: one-shot")
+    parser.add_argument(
+        "--fine-tune-epochs", type=natural_int, default=FINE_TUNE_EPOCHS, help="after each rate; 0: one-shot"
+    )
     args = parser.parse_args(argv)
     if sorted(set(args.rates)) != list(args.rates) or not 0 <= args.rates[0] <= args.rates[-1] < 100:
         parser.error("--rates must rise and lie between 0 and 99")
-    if args.fine_tune_epochs < 0:
-        parser.error("--fine-tune-epochs must not be negative")
     data = load_arrays(args.data_dir)
     start_tensorflow(args.seed)
     start = load_mlp(args.workdir / "tf_pruned_model.h5", "python TF_pruning.py")
@@ -255,18 +259,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         if name and accuracy(load_mlp(args.workdir / name, ""), *data["val"]) != expected:
             raise AssertionError(f"{name} does not give the accuracy that was measured before it was saved")
     settings = {
+        **machine_facts(),
         "start": f"tf_pruned_model.h5, validation {before['val']:.4f}, test {before['test']:.4f}",
         "fine_tune_epochs": args.fine_tune_epochs,
         "seed": args.seed,
         "latency": f"median and interquartile range of {CYCLES} cycles",
         "rows": f"validation {len(data['val'][1])}, test {len(data['test'][1])}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-    }
-    formats = {name: "0.0000" for name in table if "accuracy" in name} | {
-        name: "0.000" for name in table if "_ms" in name
     }
     sheets = {"results": table, "settings": pd.DataFrame(settings.items(), columns=["setting", "value"])}
-    write_workbook(args.workdir / "dynamic_pruning_results.xlsx", sheets, formats)
+    write_workbook(args.workdir / "dynamic_pruning_results.xlsx", sheets)
     plot_results(table, before, args.workdir)
     shown = ["rate_percent", "hidden_layers", "parameters", "val_accuracy", "test_accuracy", "latency_row_ms"]
     print(f"\n{table[shown].to_string(index=False, float_format='{:.4f}'.format)}\n")

@@ -13,12 +13,9 @@ Run     python fhe_experiments.py
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import time
 import warnings
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Sequence
 
@@ -31,7 +28,10 @@ from preprocess_mitbih import (
     InputError,
     by_rank,
     load_arrays,
+    machine_facts,
     make_parser,
+    natural_int,
+    positive_float,
     positive_int,
     run,
     save_figure,
@@ -56,6 +56,10 @@ PUBLISHED_COLUMNS = (
     "model_name num_items batch q_bits compile_time clear_time accuracy_clear perc_ones_gt perc_zeros_gt "
     "perc_ones_pred_clear perc_zeros_pred_clear fhe_time accuracy_fhe perc_ones_pred_fhe perc_zeros_pred_fhe"
 ).split()
+
+
+# What Concrete and Concrete ML raise on a network they cannot handle, besides running out of memory.
+CIRCUIT_ERRORS = (RuntimeError, ValueError, AssertionError, NotImplementedError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,7 @@ def load_network(path: Path) -> onnx.ModelProto:
         ]
         finite = all(np.isfinite(numpy_helper.to_array(w)).all() for w in model.graph.initializer)
     except Exception as error:  # the parsers of protobuf and ONNX raise a dozen unrelated types
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: is no whole ONNX network ({first_line}); {remedy}") from None
+        raise InputError(f"{path}: is no whole ONNX network ({first_line(error)}); {remedy}") from None
     nodes = [node.op_type for node in model.graph.node]
     if [s[1:] for s in shapes] != [[len(FEATURES)], [1]] or set(nodes[:-1]) - {"MatMul", "Gemm", "Add", "Relu"}:
         raise InputError(f"{path}: is no MLP from {len(FEATURES)} features to one output; {remedy}")
@@ -131,6 +134,11 @@ def compile_network(model: onnx.ModelProto, bits: int, calibration: np.ndarray, 
         return compile_onnx_model(
             model, calibration, n_bits=bits, rounding_threshold_bits=rounding, p_error=setting.p_error
         )
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, short enough for a cell; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def key_bytes(circuit: Any) -> int:
@@ -205,8 +213,8 @@ def prepare(
         module = compile_network(
             network if setting.rounding_bits is None else without_sigmoid(network), bits, calibration, setting
         )
-    except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
-        return Configuration(path, bits, facts, None, "cannot compile", str(error).strip().splitlines()[0][:200])
+    except CIRCUIT_ERRORS as error:
+        return Configuration(path, bits, facts, None, "cannot compile", first_line(error))
     circuit = module.fhe_circuit
     facts["compile_time"] = time.perf_counter() - started
     facts["pbs"] = circuit.programmable_bootstrap_count
@@ -244,31 +252,17 @@ def drawn_rows(batch: int, batch_size: int, samples: int, rows: int, seed: int) 
     return np.sort(np.random.default_rng([seed, batch]).choice(members, min(samples, len(members)), replace=False))
 
 
-def result_row(configuration: Configuration, batch: int, y: np.ndarray, clear: np.ndarray, clear_time: float) -> dict:
-    """The part of a results row that is known without running encrypted.
-
-    y: labels (n,) of the drawn rows; clear: decisions (n,) of the quantized network in clear.
-    """
+def clear_columns(c: Configuration, y: np.ndarray, clear: np.ndarray, setting: Setting) -> dict[str, Any]:
+    """The part of a results row that is known in clear; y: labels (n,) and clear: outputs (n,) of the drawn rows."""
+    decisions = clear > setting.threshold
     return {
-        "model_name": configuration.path.stem,
-        "num_items": len(y),
-        "batch": batch,
-        "q_bits": configuration.bits,
-        "compile_time": configuration.facts.get("compile_time"),
-        "clear_time": clear_time,
-        "accuracy_clear": np.mean(clear == y) if len(clear) else None,
-        "perc_ones_gt": 100 * np.mean(y),
-        "perc_zeros_gt": 100 * np.mean(1 - y),
-        "perc_ones_pred_clear": 100 * np.mean(clear) if len(clear) else None,
-        "perc_zeros_pred_clear": 100 * np.mean(1 - clear) if len(clear) else None,
-        **dict.fromkeys(PUBLISHED_COLUMNS[-4:]),
-        "status": configuration.status,
-        "reason": configuration.reason,
-        **{name: value for name, value in configuration.facts.items() if name != "compile_time"},
+        "accuracy_clear": np.mean(decisions == y),
+        "perc_ones_pred_clear": 100 * np.mean(decisions),
+        "perc_zeros_pred_clear": 100 * np.mean(~decisions),
     }
 
 
-def encrypted_columns(runs: pd.DataFrame, keygen_seconds: float) -> dict[str, Any]:
+def encrypted_columns(runs: pd.DataFrame) -> dict[str, Any]:
     """The part of a results row that the encrypted run gives; runs: one row a prediction (sheet "predictions").
 
     Times a sample are medians with their interquartile range; the interval is Wilson's, JASA 22:209-212, 1927.
@@ -287,7 +281,6 @@ def encrypted_columns(runs: pd.DataFrame, keygen_seconds: float) -> dict[str, An
         "accuracy_fhe_high95": float(interval.high),
         "decisions_equal_clear": int((runs["decision_fhe"] == runs["decision_clear"]).sum()),
         "outputs_equal_clear": int(np.isclose(runs["output_fhe"], runs["output_clear"]).sum()),
-        "keygen_time": keygen_seconds,
         "encrypt_seconds": quartiles.loc[0.5, "encrypt_seconds"],
         "run_seconds": quartiles.loc[0.5, "run_seconds"],
         "run_seconds_iqr": quartiles.loc[0.75, "run_seconds"] - quartiles.loc[0.25, "run_seconds"],
@@ -300,82 +293,67 @@ def encrypted_columns(runs: pd.DataFrame, keygen_seconds: float) -> dict[str, An
 def run_configuration(
     c: Configuration, drawn: dict[int, np.ndarray], data: dict[str, Any], setting: Setting, limit: float, bar: tqdm
 ) -> tuple[list[dict[str, Any]], list[pd.DataFrame]]:
-    """A results row and a table of predictions for each batch in `drawn` ({number: test rows}).
+    """A results row for each batch in `drawn` ({number: test rows}), and tables of predictions where it ran encrypted.
 
     Keys are made once; one run before the timed ones unpacks them, and stops a configuration that takes more than
-    `limit` seconds a sample after all.
+    `limit` seconds a sample after all. What fails on the way becomes the status.
     """
     X, y = data["test"]
     label = f"{c.path.stem} at {c.bits} bits"
-    keygen_seconds = 0.0
-    if c.status == "ok":
-        bar.set_postfix_str(f"{label}: making keys")
-        started = time.perf_counter()
-        c.module.fhe_circuit.keygen(force=True)
-        keygen_seconds = time.perf_counter() - started
-        bar.set_postfix_str(label)
-        seconds = run_encrypted(c.module, data["train"][0][0])["run_seconds"]
-        if seconds > limit:
-            c.status, c.reason = "too slow", f"measured {seconds:.0f} s a sample, over --max-seconds {limit:g}"
     rows, predictions = [], []
+    planned = sum(map(len, drawn.values())) if c.status == "ok" else 0
+    if planned:
+        try:
+            bar.set_postfix_str(f"{label}: making keys")
+            started = time.perf_counter()
+            c.module.fhe_circuit.keygen(force=True)
+            c.facts["keygen_time"] = time.perf_counter() - started
+            bar.set_postfix_str(label)
+            seconds = run_encrypted(c.module, data["train"][0][0])["run_seconds"]
+            if seconds > limit:
+                c.status, c.reason = "too slow", f"measured {seconds:.0f} s a sample, over --max-seconds {limit:g}"
+        except CIRCUIT_ERRORS as error:
+            c.status, c.reason = "failed", first_line(error)
     for batch, index in drawn.items():
-        started = time.perf_counter()
-        clear = outputs(c.module, X[index], "disable") if c.module else np.empty(0)
-        row = result_row(c, batch, y[index], clear > setting.threshold, time.perf_counter() - started)
+        row = {"model_name": c.path.stem, "num_items": len(index), "batch": batch, "q_bits": c.bits, **c.facts}
+        row |= {"perc_ones_gt": 100 * np.mean(y[index]), "perc_zeros_gt": 100 * np.mean(1 - y[index])}
+        if c.module:
+            started = time.perf_counter()
+            clear = outputs(c.module, X[index], "disable")
+            row |= {"clear_time": time.perf_counter() - started, **clear_columns(c, y[index], clear, setting)}
         if c.status == "ok":
-            runs = []
-            for test_row, output_clear in zip(index, clear):
-                encrypted = run_encrypted(c.module, X[test_row])
-                runs.append(
-                    {
-                        "model_name": c.path.stem,
-                        "q_bits": c.bits,
-                        "batch": batch,
-                        "test_row": test_row,
-                        "label": y[test_row],
-                        "decision_clear": int(output_clear > setting.threshold),
-                        "decision_fhe": int(encrypted["output_fhe"] > setting.threshold),
-                        "output_clear": output_clear,
-                        **encrypted,
-                    }
-                )
-                bar.update()
-            predictions.append(pd.DataFrame(runs))
-            row |= encrypted_columns(predictions[-1], keygen_seconds)
-        rows.append(row)
-    if c.module:
-        c.module.fhe_circuit.cleanup()
+            try:
+                runs = []
+                for test_row in index:
+                    runs.append(run_encrypted(c.module, X[test_row]))
+                    bar.update()
+                table = pd.DataFrame(runs)
+                where = {"model_name": c.path.stem, "q_bits": c.bits, "batch": batch, "test_row": index}
+                where |= {"label": y[index], "decision_clear": (clear > setting.threshold).astype(int)}
+                where |= {"decision_fhe": (table["output_fhe"] > setting.threshold).astype(int), "output_clear": clear}
+                predictions.append(pd.concat([pd.DataFrame(where), table], axis=1))
+                row |= encrypted_columns(predictions[-1])
+            except CIRCUIT_ERRORS as error:
+                c.status, c.reason = "failed", first_line(error)
+        rows.append({**row, "status": c.status, "reason": c.reason})
+    if planned:
+        bar.total += sum(map(len, predictions)) - planned  # less what did not run after all
+    c.module = None  # its keys are hundreds of megabytes
     return rows, predictions
 
 
-def machine_facts() -> dict[str, Any]:
-    """Versions and processor, for the settings sheet."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    packages = ("concrete-ml", "concrete-python", "onnx", "numpy")
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-    }
-
-
-def write_results(path: Path, results: pd.DataFrame, predictions: pd.DataFrame, settings: dict[str, Any]) -> None:
-    """One batch's workbook."""
-    formats = {name: "0.000" for name in results if name.endswith(("_time", "_seconds", "_iqr", "_MB", "_kB"))}
-    formats |= {name: "0.0000" for name in results if name.startswith("accuracy")}
-    formats |= {name: "0.0" for name in results if name.startswith("perc_")}
-    formats |= {"complexity": "0.00E+00", "output_clear": "0.0000", "output_fhe": "0.0000"}
-    formats |= {name: "0.000" for name in predictions if name.endswith("_seconds")}
+def write_results(
+    path: Path, rows: list[dict[str, Any]], predictions: list[pd.DataFrame], settings: dict[str, Any]
+) -> None:
+    """One batch's workbook: the published columns first, then ours; a sheet of predictions; a sheet of settings."""
+    results = pd.DataFrame(rows)
+    first = [*PUBLISHED_COLUMNS, "status", "reason"]
     sheets = {
-        "results": results,
-        "predictions": predictions,
+        "results": results.reindex(columns=[*first, *(name for name in results if name not in first)]),
+        "predictions": pd.concat(predictions) if predictions else pd.DataFrame({"model_name": []}),
         "settings": pd.DataFrame(settings.items(), columns=["setting", "value"]),
     }
-    write_workbook(path, sheets, formats)
+    write_workbook(path, sheets)
 
 
 def plot_results(results: pd.DataFrame, path: Path) -> None:
@@ -383,8 +361,6 @@ def plot_results(results: pd.DataFrame, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     done = results[results["status"] == "ok"]
-    if done.empty:
-        return
     figure, axis = plt.subplots(figsize=(9, 5.5))
     for name, group in done.groupby("model_name", sort=False):
         group = group.groupby("q_bits").median(numeric_only=True).reset_index()
@@ -398,6 +374,9 @@ def plot_results(results: pd.DataFrame, path: Path) -> None:
         ylabel="accuracy of the quantized network, whole test set (%)",
         title="Price of encrypted inference (labels: bits of weights and activations)",
     )
+    for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+        ticks("{x:g}")
+    axis.tick_params(axis="x", which="minor", labelsize=7)
     axis.legend(loc="lower right")
     save_figure(figure, path)
 
@@ -411,16 +390,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=positive_int, default=BATCH_SIZE, help="consecutive test rows a batch")
     parser.add_argument("--samples", type=positive_int, default=SAMPLES, help="rows drawn from each batch")
     parser.add_argument("--batches", type=positive_int, default=1, help="how many batches")
-    parser.add_argument("--start-batch", type=int, default=0, help="number of the first batch, from 0")
-    parser.add_argument("--max-seconds", type=float, default=MAX_SECONDS, help="a sample; dearer ones are not run")
+    parser.add_argument("--start-batch", type=natural_int, default=0, help="number of the first batch, from 0")
+    parser.add_argument(
+        "--max-seconds", type=positive_float, default=MAX_SECONDS, help="a sample; dearer ones are not run"
+    )
     parser.add_argument("--rounding-bits", type=positive_int, default=ROUNDING_BITS, help="accumulator bits kept")
     parser.add_argument("--p-error", type=float, default=P_ERROR, help="chance that one bootstrap is off by one step")
     parser.add_argument("--reference", action="store_true", help="no rounding, p_error 2^-40, sigmoid encrypted")
     args = parser.parse_args(argv)
     if not 2.0**-60 <= args.p_error < 1:
         parser.error("--p-error must lie between 2^-60 and 1")
-    if args.start_batch < 0:
-        parser.error("--start-batch must not be negative")
     return args
 
 
@@ -436,6 +415,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths = args.models or by_rank(args.workdir, ".onnx")[: args.top]
     if not paths:
         raise InputError(f"{args.workdir}: no pruned_model_top_*.onnx; make them with: python h5_onnx_converter.py")
+    if len({path.stem for path in paths}) < len(paths):
+        raise InputError("--models: two files have the same name; their rows could not be told apart")
     for path in paths:  # all are looked at before the first takes its minutes
         load_network(path)
     if args.reference:
@@ -464,16 +445,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     settings = {
         **machine_facts(),
-        "seed": args.seed,
         "way": "plain reference: sigmoid encrypted" if args.reference else "logit encrypted, approximate rounding",
         "rounding_bits": setting.rounding_bits or "none",
         "p_error": setting.p_error,
         "p_error in words": f"one encrypted ReLU in {1 / setting.p_error:,.0f} may see its input off by one step",
         "security": "128 bits (Concrete's default); p_error does not change it",
         "calibration": f"{len(calibration)} training rows",
-        "batch_size": args.batch_size,
-        "samples": args.samples,
-        "max_seconds": args.max_seconds,
+        **{f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items()},
         "times": "seconds; *_seconds: median of one sample, after one run that warms up; fhe_time: sum over num_items",
     }
     rows: list[dict[str, Any]] = []
@@ -483,18 +461,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             new_rows, new_predictions = run_configuration(c, drawn, data, setting, args.max_seconds, bar)
             rows += new_rows
             predictions += new_predictions
-            results = pd.DataFrame(rows)
             for b in batches:
-                mine = [table for table in predictions if table["batch"].iloc[0] == b]
-                table = pd.concat(mine) if mine else pd.DataFrame({"model_name": []})
-                name = f"results_batch_{b}.xlsx"
-                write_results(args.workdir / name, results[results["batch"] == b], table, settings)
-    plot_results(results, args.workdir / "fhe_accuracy_vs_seconds.png")
+                tables = [table for table in predictions if table["batch"].iloc[0] == b]
+                mine = [row for row in rows if row["batch"] == b]
+                write_results(args.workdir / f"results_batch_{b}.xlsx", mine, tables, settings)
+    results = pd.DataFrame(rows)
+    picture = args.workdir / "fhe_accuracy_vs_seconds.png"
+    if predictions:
+        plot_results(results, picture)
+    else:
+        picture.unlink(missing_ok=True)  # an earlier run's would belie this one
     columns = ["model_name", "q_bits", "status", "accuracy_clear_test_set", "accuracy_simulated"]
     columns += [name for name in ("accuracy_fhe", "run_seconds") if name in results]
     print(f"\n{results.reindex(columns=columns).to_string(index=False, float_format='{:.4g}'.format)}\n")
-    written = ", ".join(f"results_batch_{b}.xlsx" for b in batches)
-    print(f"wrote {written} and fhe_accuracy_vs_seconds.png to {args.workdir}")
+    written = [f"results_batch_{b}.xlsx" for b in batches] + [picture.name] * bool(predictions)
+    print(f"wrote {', '.join(written)} to {args.workdir}")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     import tf_keras
 
 OPSET = 14  # what Concrete ML 1.9 asserts
+MADE_BY = {
+    "MLP_model_0": "python MLP_model_0.py",
+    "tf_pruned_model": "python TF_pruning.py",
+    "pruned_model": "python dynamic_pruning_eval.py",
+}
 TOLERANCE = 1e-5  # largest difference of a probability between Keras and ONNX Runtime
 
 
@@ -66,12 +71,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", type=Path, nargs="+", help=".h5 files (default: the ten of step 3)")
     args = parser.parse_args(argv)
     X = load_arrays(args.data_dir)["test"][0]
-    made_by = "python dynamic_pruning_eval.py"
     sources = args.models or by_rank(args.workdir, ".h5")
     if not sources:
-        raise InputError(f"{args.workdir}: no pruned_model_top_*.h5 here; make them with: {made_by}")
+        raise InputError(f"{args.workdir}: no pruned_model_top_*.h5 here; make them with: {MADE_BY['pruned_model']}")
+    if len({source.stem for source in sources}) < len(sources):
+        raise InputError("--models: two files have the same name, and so would their .onnx; convert them one by one")
     start_tensorflow(args.seed)
-    models = {source: load_mlp(source, made_by) for source in sources}  # all are read before one is written
+    models = {}
+    for source in sources:  # all are read before one is written
+        made_by = next((command for start, command in MADE_BY.items() if source.name.startswith(start)), "steps 1 to 3")
+        models[source] = load_mlp(source, made_by)
     rows = []
     for source, model in models.items():
         target = args.workdir / f"{source.stem}.onnx"

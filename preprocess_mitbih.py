@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import re
 import sys
 import tempfile
@@ -24,6 +25,7 @@ import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
 
@@ -96,6 +98,12 @@ START_UP_NOISE = re.compile(
     r"^I\d{4} | I tensorflow|Unable to register cu|computation placer already|cuInit|"
     r"All log messages before absl|^To enable the following instructions"
 )
+NUMBER_FORMATS = {  # of workbook columns, by a part of their name
+    "^accuracy|accuracy$|^output_[cf]": "0.0000",
+    "^perc_": "0.0",
+    "complexity|^p_": "0.00E+00",
+    "_time$|seconds|_ms$|_MB$|_kB$": "0.000",
+}
 LICENCE = "Open Data Commons Attribution License v1.0"
 SOURCE = "MIT-BIH Arrhythmia Database 1.0.0, PhysioNet, doi:10.13026/C2F305"
 
@@ -155,8 +163,12 @@ def beat_features(signal: np.ndarray, fs: float, beats: np.ndarray) -> tuple[np.
 
     rr = np.diff(beats) / fs
     index = np.arange(1, len(beats) - 1)
-    inside = (beats[index] + before >= 0) & (beats[index] + after < len(signal)) & (rr[index - 1] > 0) & (rr[index] > 0)
-    dropped = {"first or last beat": 2, "window leaves the record": int((~inside).sum())}
+    dropped = {"first or last beat": 2}
+    apart = (rr[index - 1] > 0) & (rr[index] > 0)
+    dropped["annotated twice or out of order"] = int((~apart).sum())
+    index = index[apart]
+    inside = (beats[index] + before >= 0) & (beats[index] + after < len(signal))
+    dropped["window leaves the record"] = int((~inside).sum())
     index = index[inside]
     windows = beats[index, None] + np.arange(before, after + 1)
     whole = np.ones(len(index), bool)
@@ -291,7 +303,8 @@ def sha256(path: Path) -> str:
 def download(name: str, folder: Path, expected: str | None) -> None:
     """Fetch one file of DATABASE into `folder` through wfdb; it appears there only whole and with the right SHA-256.
 
-    A part that an interrupted run left is continued. Raises InputError when DOWNLOAD_ATTEMPTS were in vain.
+    Finished files are kept, and a part that a killed run left is continued, so that the next run goes on from there.
+    Raises InputError when DOWNLOAD_ATTEMPTS were in vain.
     """
     from wfdb.io.download import dl_pn_file
 
@@ -327,10 +340,12 @@ def provide_records(folder: Path, may_download: bool) -> list[str]:
             raise InputError(f"{folder}: no records here; run without --no-download or name them with --records-dir")
         download(sums.name, folder, None)
     if sums.exists():
-        listed = dict(reversed(line.split(maxsplit=1)) for line in sums.read_text().splitlines() if line.strip())
-        listed = {
-            n.strip(): h for n, h in listed.items() if n.strip().endswith((".hea", ".dat", ".atr")) and "/" not in n
-        }
+        lines = [
+            re.fullmatch(r"([0-9a-f]{64})\s+(\S+)", line) for line in sums.read_text(errors="replace").splitlines()
+        ]
+        if not lines or not all(lines):
+            raise InputError(f"{sums}: is no whole list of checksums; delete it and run again")
+        listed = {m[2]: m[1] for m in lines if m[2].endswith((".hea", ".dat", ".atr")) and "/" not in m[2]}
         missing = [name for name in listed if not (folder / name).exists()]
         if missing and not may_download:
             raise InputError(
@@ -381,8 +396,30 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=HERE / "data", help="folder of the arrays")
     parser.add_argument("--workdir", type=Path, default=Path(), help="folder of models and results")
-    parser.add_argument("--seed", type=int, default=SEED, help="of every random draw; same seed, same results")
+    parser.add_argument("--seed", type=natural_int, default=SEED, help="of every random draw; same seed, same results")
     return parser
+
+
+def per_class(text: str) -> int | None:
+    """argparse type: a positive number of beats, or None for 'all'."""
+    return None if text == "all" else positive_int(text)
+
+
+def natural_int(text: str) -> int:
+    """argparse type: a whole number from 0 to 2^32 - 1, what NumPy and TensorFlow take as a seed."""
+    if not (text.isdecimal() and int(text) < 2**32):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to 4294967295")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """argparse type: a finite number above zero."""
+    try:
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
 
 
 def positive_int(text: str) -> int:
@@ -427,7 +464,7 @@ def load_arrays(data_dir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
                     array = np.lib.format.read_array(file, allow_pickle=False)
             except FileNotFoundError:
                 raise InputError(f"{path}: not found; {remedy}") from None
-            except (ValueError, EOFError, OSError) as error:
+            except (ValueError, EOFError, OSError, MemoryError) as error:
                 raise InputError(f"{path}: is no whole .npy array ({error}); {remedy}") from None
             if array.dtype.kind not in "fiub":
                 raise InputError(f"{path}: holds no numbers; {remedy}")
@@ -459,7 +496,10 @@ def load_description(data_dir: Path) -> dict[str, Any]:
     path = data_dir / "dataset.json"
     try:
         description = json.loads(path.read_text())
-        return {**description, "sha256": dict(description["sha256"])}
+        described = {f"Arryth_MITBIH_{split}_{kind}.npy" for split in SPLITS for kind in "Xy"}
+        if not described <= set(description["sha256"]):
+            raise ValueError
+        return description
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: damaged; make it with: python preprocess_mitbih.py --data-dir {data_dir}") from None
 
@@ -484,6 +524,7 @@ def start_tensorflow(seed: int) -> Any:
     """Import tf_keras, seeded and deterministic, without TensorFlow's start-up messages; its later warnings stay."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # no INFO from C++
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # networks this small are faster, and repeatable, on the CPU
+    print("starting TensorFlow ...", flush=True)
     with quiet_tensorflow():
         import tensorflow as tf
         import tf_keras
@@ -560,6 +601,11 @@ def accuracy(model: Callable, X: np.ndarray, y: np.ndarray) -> float:
     return float(np.mean((model(X).numpy()[:, 0] > 0.5) == y))
 
 
+def balanced_weights(y: np.ndarray) -> np.ndarray:
+    """Weight of each row (n,) that gives both labels the same say; 1 for balanced data, mean 1 for any."""
+    return (len(y) / (2 * np.bincount(y, minlength=2)))[y]
+
+
 def save_mlp(model: tf_keras.Sequential, path: Path) -> None:
     """Write a network as .h5, whole, without the optimizer's state."""
     with whole_file(path) as temporary:
@@ -573,8 +619,23 @@ def by_rank(workdir: Path, suffix: str) -> list[Path]:
     return [path for _, path in sorted((int(rank), path) for rank, path in ranked if rank.isdecimal())]
 
 
-def write_workbook(path: Path, sheets: dict[str, pd.DataFrame], formats: dict[str, str]) -> None:
-    """Write tables to an .xlsx file, whole: frozen bold header, fitted widths, number formats by column name."""
+def machine_facts() -> dict[str, Any]:
+    """Processor, cores and versions, for the settings sheets."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    packages = ("tensorflow", "concrete-ml", "concrete-python", "onnx", "numpy")
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }
+
+
+def write_workbook(path: Path, sheets: dict[str, pd.DataFrame]) -> None:
+    """Write tables to an .xlsx file, whole: frozen bold header, fitted widths, number formats by kind of column."""
     with whole_file(path) as temporary, pd.ExcelWriter(temporary, engine="openpyxl") as writer:
         for title, table in sheets.items():
             table.to_excel(writer, sheet_name=title, index=False)
@@ -583,8 +644,11 @@ def write_workbook(path: Path, sheets: dict[str, pd.DataFrame], formats: dict[st
             sheet.auto_filter.ref = sheet.dimensions
             for column in sheet.columns:
                 name = str(column[0].value)
+                number_format = next(
+                    (f for pattern, f in NUMBER_FORMATS.items() if re.search(pattern, name)), "General"
+                )
                 for cell in column[1:]:
-                    cell.number_format = formats.get(name, "General")
+                    cell.number_format = number_format
                 longest = max(len(f"{v:.4g}" if isinstance(v, float) else str(v)) for v in (c.value for c in column))
                 sheet.column_dimensions[column[0].column_letter].width = min(60, max(longest, len(name) + 2) + 2)
 
@@ -633,23 +697,20 @@ def write_dataset(
 def main(argv: Sequence[str] | None = None) -> None:
     """Build the data set."""
     parser = make_parser(__doc__)
-    parser.add_argument("--records-dir", type=Path, help="WFDB records (default: mitdb in the data folder)")
+    parser.add_argument("--records-dir", type=Path, default=HERE / "data" / "mitdb", help="folder of the WFDB records")
     parser.add_argument("--no-download", action="store_true", help="refuse when records are missing")
     parser.add_argument(
         "--abnormal", nargs="+", choices=list("SVFQ"), default=list("SVFQ"), help="AAMI classes labelled 1"
     )
     parser.add_argument("--exclude-paced", action="store_true", help="leave out records with paced beats, as EC57 does")
-    parser.add_argument("--per-class", default=BEATS_PER_CLASS, help="most beats of each label, or 'all'")
+    parser.add_argument("--per-class", type=per_class, default=BEATS_PER_CLASS, help="most beats of a label, or 'all'")
     parser.add_argument(
         "--split", choices=("random", "inter-patient"), default="random", help="beats or whole patients"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that read records")
+    parser.add_argument("--workers", type=positive_int, default=os.cpu_count(), help="processes that read records")
     args = parser.parse_args(argv)
     started = time.monotonic()
-    if args.per_class != "all" and not (str(args.per_class).isdecimal() and int(args.per_class) > 0):
-        raise InputError(f"--per-class {args.per_class}: give a positive number of beats or 'all'")
-    limit = None if args.per_class == "all" else int(args.per_class)
-    records = read_all(provide_records(args.records_dir or args.data_dir / "mitdb", not args.no_download), args.workers)
+    records = read_all(provide_records(args.records_dir, not args.no_download), args.workers)
     skipped = {r["record"]: r["skipped"] for r in records if r["skipped"]}
     for name, reason in skipped.items():
         print(f"record {name} is left out: it {reason}", file=sys.stderr)
@@ -659,7 +720,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     beats = pd.concat([r["beats"] for r in used], ignore_index=True)
     X = np.concatenate([r["X"] for r in used])
     split = split_random if args.split == "random" else split_inter_patient
-    rows = split(beats, args.abnormal, limit, args.seed)
+    rows = split(beats, args.abnormal, args.per_class, args.seed)
     for part in SPLITS:
         if beats["aami"].iloc[rows[part]].eq("N").nunique() < 2:
             raise InputError(f"the {part} part has only one label; give more records, or other --abnormal classes")
@@ -667,7 +728,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe = {
         "abnormal": sorted(args.abnormal, key="SVFQ".index),
         "exclude_paced": args.exclude_paced,
-        "per_class": args.per_class if limit is None else limit,
+        "per_class": args.per_class or "all",
         "split": args.split,
         "seed": args.seed,
         "records": [r["record"] for r in used],
@@ -681,11 +742,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         f"{len(used)} records, {len(beats)} usable beats; dropped: " + ", ".join(f"{n} {r}" for r, n in dropped.items())
     )
-    if limit and counts.loc["train", "rows"] and args.split == "random" and counts.loc["all", "rows"] < 2 * limit:
-        print(
-            f"only {counts.loc['all', 'rows'] // 2} beats of the rarer label are there, fewer than --per-class {limit}"
-        )
-    print(f"wrote {3 * 2} arrays, beats.csv and dataset.json to {args.data_dir} in {time.monotonic() - started:.1f} s")
+    available = counts.loc["all", "rows"] // 2
+    if args.split == "random" and args.per_class and available < args.per_class:
+        print(f"only {available} beats of the rarer label are there, fewer than --per-class {args.per_class}")
+    print(f"wrote six arrays, beats.csv and dataset.json to {args.data_dir} in {time.monotonic() - started:.1f} s")
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ def test_wilson_interval_and_medians():
     for name in ("encrypt_seconds", "run_seconds", "decrypt_seconds"):
         runs[name] = [1.0, 2, 3, 10]
     runs["input_bytes"] = runs["output_bytes"] = 5000
-    row = step5.encrypted_columns(runs, 9.0)
+    row = step5.encrypted_columns(runs)
     assert row["accuracy_fhe"] == 0.75
     assert row["accuracy_fhe_low95"] == pytest.approx(0.3006, abs=1e-4)
     assert row["accuracy_fhe_high95"] == pytest.approx(0.9544, abs=1e-4)

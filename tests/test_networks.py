@@ -55,7 +55,7 @@ def test_metrics_against_numbers_by_hand():
 
 def test_balanced_weights_give_both_labels_the_same_say():
     y = np.array([0, 0, 0, 1])
-    weights = step1.balanced_weights(y)
+    weights = pre.balanced_weights(y)
     assert weights[y == 0].sum() == weights[y == 1].sum() == 2
 
 
