@@ -16,8 +16,10 @@ import pandas as pd
 from preprocess_mitbih import (
     FEATURES,
     balanced_weights,
+    check_writable,
     epoch_progress,
     load_arrays,
+    load_description,
     load_mlp,
     make_parser,
     positive_float,
@@ -85,10 +87,9 @@ def classification_metrics(y: np.ndarray, probability: np.ndarray, aami: np.ndar
 
 def aami_of_test_rows(data_dir: Path, y: np.ndarray) -> np.ndarray | None:
     """AAMI class of each test row (n,) from beats.csv, or None where the arrays come without it."""
-    path = data_dir / "beats.csv"
-    if not (data_dir / "dataset.json").exists() or not path.exists():
+    if not (data_dir / "dataset.json").exists() or "beats.csv" not in load_description(data_dir)["sha256"]:
         return None
-    beats = pd.read_csv(path, dtype=str, keep_default_na=False)
+    beats = pd.read_csv(data_dir / "beats.csv", dtype=str, keep_default_na=False)
     aami = beats.loc[beats["split"] == "test", "aami"].to_numpy()
     return aami if len(aami) == len(y) else None
 
@@ -134,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=positive_int, default=BATCH_SIZE, help="beats a gradient step")
     parser.add_argument("--learning-rate", type=positive_float, default=LEARNING_RATE, help="of Adam")
     args = parser.parse_args(argv)
+    check_writable(args.workdir)
     data = load_arrays(args.data_dir)
     keras = start_tensorflow(args.seed)
     (X, y), (X_val, y_val), (X_test, y_test) = (data[split] for split in ("train", "val", "test"))

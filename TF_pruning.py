@@ -21,6 +21,7 @@ import pandas as pd
 from preprocess_mitbih import (
     accuracy,
     balanced_weights,
+    check_writable,
     epoch_progress,
     load_arrays,
     load_mlp,
@@ -143,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=positive_int, default=BATCH_SIZE, help="beats a gradient step")
     parser.add_argument("--learning-rate", type=positive_float, default=LEARNING_RATE, help="of Adam")
     args = parser.parse_args(argv)
+    check_writable(args.workdir)
     data = load_arrays(args.data_dir)
     keras = start_tensorflow(args.seed)
     from tensorflow_model_optimization.sparsity.keras import UpdatePruningStep, strip_pruning

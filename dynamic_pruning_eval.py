@@ -13,6 +13,7 @@ Run     python dynamic_pruning_eval.py
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Sequence
@@ -24,16 +25,18 @@ from preprocess_mitbih import (
     accuracy,
     balanced_weights,
     by_rank,
+    check_writable,
     epoch_progress,
     load_arrays,
     load_mlp,
     machine_facts,
     make_parser,
+    mlp_bytes,
     natural_int,
     run,
     save_figure,
-    save_mlp,
     start_tensorflow,
+    whole_file,
     write_workbook,
 )
 
@@ -192,10 +195,11 @@ def save_best(models: dict[int, tf_keras.Sequential], table: pd.DataFrame, workd
     order = table.sort_values(["val_accuracy", "rate_percent"], ascending=False).index[:KEEP]
     names = [""] * len(table)
     earlier = [*by_rank(workdir, ".h5"), *by_rank(workdir, ".onnx")]  # .onnx: step 4 must run again
-    for rank, row in enumerate(order, 1):
-        percent = int(table.loc[row, "rate_percent"])
-        names[row] = f"pruned_model_top_{rank}_prune_{percent}_acc_{table.loc[row, 'val_accuracy']:.4f}.h5"
-        save_mlp(models[percent], workdir / names[row])
+    with contextlib.ExitStack() as stack:  # all are written before the first takes its place
+        for rank, row in enumerate(order, 1):
+            percent = int(table.loc[row, "rate_percent"])
+            names[row] = f"pruned_model_top_{rank}_prune_{percent}_acc_{table.loc[row, 'val_accuracy']:.4f}.h5"
+            stack.enter_context(whole_file(workdir / names[row])).write_bytes(mlp_bytes(models[percent]))
     for old in earlier:
         if old.name not in names:
             old.unlink()
@@ -232,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--fine-tune-epochs", type=natural_int, default=FINE_TUNE_EPOCHS, help="after each rate; 0: one-shot"
     )
     args = parser.parse_args(argv)
+    check_writable(args.workdir)
     if sorted(set(args.rates)) != list(args.rates) or not 0 <= args.rates[0] <= args.rates[-1] < 100:
         parser.error("--rates must rise and lie between 0 and 99")
     data = load_arrays(args.data_dir)

@@ -27,6 +27,8 @@ from preprocess_mitbih import (
     FEATURES,
     InputError,
     by_rank,
+    check_writable,
+    first_line,
     load_arrays,
     machine_facts,
     make_parser,
@@ -134,11 +136,6 @@ def compile_network(model: onnx.ModelProto, bits: int, calibration: np.ndarray, 
         return compile_onnx_model(
             model, calibration, n_bits=bits, rounding_threshold_bits=rounding, p_error=setting.p_error
         )
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, short enough for a cell; its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def key_bytes(circuit: Any) -> int:
@@ -394,7 +391,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max-seconds", type=positive_float, default=MAX_SECONDS, help="a sample; dearer ones are not run"
     )
-    parser.add_argument("--rounding-bits", type=positive_int, default=ROUNDING_BITS, help="accumulator bits kept")
+    parser.add_argument(
+        "--rounding-bits", type=int, choices=range(2, 9), default=ROUNDING_BITS, help="accumulator bits kept"
+    )
     parser.add_argument("--p-error", type=float, default=P_ERROR, help="chance that one bootstrap is off by one step")
     parser.add_argument("--reference", action="store_true", help="no rounding, p_error 2^-40, sigmoid encrypted")
     args = parser.parse_args(argv)
@@ -406,6 +405,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Compile all, tell what it will take, run encrypted what is affordable."""
     args = parse_arguments(argv)
+    check_writable(args.workdir)
     data = load_arrays(args.data_dir)
     rows_in_test = len(data["test"][1])
     batches = range(args.start_batch, args.start_batch + args.batches)

@@ -18,6 +18,7 @@ from preprocess_mitbih import (
     FEATURES,
     InputError,
     by_rank,
+    check_writable,
     load_arrays,
     load_mlp,
     make_parser,
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--models", type=Path, nargs="+", help=".h5 files (default: the ten of step 3)")
     args = parser.parse_args(argv)
+    check_writable(args.workdir)
     X = load_arrays(args.data_dir)["test"][0]
     sources = args.models or by_rank(args.workdir, ".h5")
     if not sources:

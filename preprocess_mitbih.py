@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import os
 import platform
@@ -24,7 +25,6 @@ import tempfile
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
@@ -98,6 +98,7 @@ START_UP_NOISE = re.compile(
     r"^I\d{4} | I tensorflow|Unable to register cu|computation placer already|cuInit|"
     r"All log messages before absl|^To enable the following instructions"
 )
+MOST_NEURONS = 4096  # a layer; more in a file are a damaged number
 NUMBER_FORMATS = {  # of workbook columns, by a part of their name
     "^accuracy|accuracy$|^output_[cf]": "0.0000",
     "^perc_": "0.0",
@@ -206,15 +207,19 @@ def read_record(path: str) -> dict[str, Any]:
             return {"record": name, "skipped": f"is sampled at {header.fs} Hz; at least {MIN_FS_HZ:.0f} Hz are needed"}
         if not Path(f"{path}.atr").exists():
             return {"record": name, "skipped": "has no annotation file (.atr)"}
+        if not Path(f"{path}.atr").stat().st_size:
+            raise ValueError("its .atr is empty")
         annotation = wfdb.rdann(path, "atr")
         signal = wfdb.rdrecord(path).p_signal
-    except (ValueError, IndexError, KeyError, OSError, TypeError, AttributeError) as error:
+    except (ValueError, IndexError, KeyError, OSError, TypeError, AttributeError, MemoryError) as error:
         raise InputError(
-            f"{path}: cannot be read as a WFDB record, truncated or damaged ({error or type(error).__name__}); "
+            f"{path}: cannot be read as a WFDB record, truncated or damaged ({first_line(error)}); "
             "get a new copy of its .hea, .dat and .atr"
         ) from None
     symbols = np.array(annotation.symbol)
     is_beat = np.isin(symbols, list(CLASS_OF_SYMBOL))
+    if (annotation.sample[is_beat] >= len(signal)).any():
+        return {"record": name, "skipped": "has beats annotated after its signal ends; its .hea or .dat is damaged"}
     try:
         X, index, dropped = beat_features(signal, header.fs, annotation.sample[is_beat])
     except ValueError as error:
@@ -272,7 +277,9 @@ def split_inter_patient(
             "the inter-patient split needs two records of DS1 and one of DS2 (see this script); use --split random"
         )
     folds = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    rest, val = next(folds.split(ds1, aami[ds1], records[ds1]))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The least populated class")  # F and Q are rare; that is known
+        rest, val = next(folds.split(ds1, aami[ds1], records[ds1]))
     rest = ds1[rest]
     train = rest[draw_balanced(aami[rest], abnormal, limit, np.random.default_rng(seed))]
     return {"train": train, "val": ds1[val], "test": test}
@@ -372,6 +379,11 @@ class InputError(Exception):
     """What the user gave cannot be used; the message names the file, what is wrong and what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says in one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def run(main: Callable[[], None]) -> None:
     """Call `main` as a command: bad input, a full disk or a read-only folder is one line and exit status 2."""
     try:
@@ -380,10 +392,11 @@ def run(main: Callable[[], None]) -> None:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        print(f"{Path(sys.argv[0]).name}: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{Path(sys.argv[0]).name}: {where}{error.strerror or first_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted; finished files are whole, run it again", file=sys.stderr)
+        print(f"\n{Path(sys.argv[0]).name}: interrupted; finished files are whole, run it again", file=sys.stderr)
         sys.exit(130)
 
 
@@ -424,7 +437,7 @@ def positive_float(text: str) -> float:
 
 def positive_int(text: str) -> int:
     """argparse type: a whole number above zero."""
-    if not (text.isdecimal() and int(text) > 0):
+    if not (text.isdecimal() and 0 < int(text) < 2**31):
         raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
     return int(text)
 
@@ -432,13 +445,24 @@ def positive_int(text: str) -> int:
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to; it becomes `path` when all is written, and goes when that fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(path)
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise InputError(f"{path}: cannot be written ({reason}); free space or name another folder") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Make `folder` and try it, before hours of work. Raises InputError when nothing can be written there."""
+    with whole_file(folder / "writable.txt") as temporary:
+        temporary.write_text("")
+    (folder / "writable.txt").unlink()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -465,7 +489,7 @@ def load_arrays(data_dir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             except FileNotFoundError:
                 raise InputError(f"{path}: not found; {remedy}") from None
             except (ValueError, EOFError, OSError, MemoryError) as error:
-                raise InputError(f"{path}: is no whole .npy array ({error}); {remedy}") from None
+                raise InputError(f"{path}: is no whole .npy array ({first_line(error)}); {remedy}") from None
             if array.dtype.kind not in "fiub":
                 raise InputError(f"{path}: holds no numbers; {remedy}")
             if array.ndim != 1 + len(shape) or array.shape[1:] != shape or not len(array):
@@ -500,7 +524,7 @@ def load_description(data_dir: Path) -> dict[str, Any]:
         if not described <= set(description["sha256"]):
             raise ValueError
         return description
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{path}: damaged; make it with: python preprocess_mitbih.py --data-dir {data_dir}") from None
 
 
@@ -539,8 +563,8 @@ def start_tensorflow(seed: int) -> Any:
 def load_mlp(path: Path, made_by: str) -> tf_keras.Sequential:
     """The network in an .h5 file, rebuilt here from its layer sizes and weights, so that no code in it can run.
 
-    Raises InputError unless it is a sequence of Dense (relu, sigmoid, linear) and Dropout layers from 32 features to
-    one finite probability; `made_by` is the command that makes the file.
+    Raises InputError unless it is a sequence of Dense (ReLU, at the end one sigmoid) and Dropout layers on 32 features,
+    all weights finite; `made_by` is the command that makes the file.
     """
     import h5py
     import tf_keras
@@ -554,16 +578,19 @@ def load_mlp(path: Path, made_by: str) -> tf_keras.Sequential:
         model = tf_keras.Sequential([tf_keras.layers.Input((len(FEATURES),))])
         for layer in layers:
             config = layer["config"]
-            if layer["class_name"] == "Dense" and config["activation"] in ("relu", "sigmoid", "linear"):
-                model.add(tf_keras.layers.Dense(int(config["units"]), config["activation"], name=config["name"]))
+            if layer["class_name"] == "Dense":
+                activation, units = config["activation"], int(config["units"])
+                if activation != ("sigmoid" if layer is layers[-1] else "relu") or not 0 < units <= MOST_NEURONS:
+                    raise ValueError(f"{units} neurons with activation {activation} in {config['name']}")
+                model.add(tf_keras.layers.Dense(units, activation, name=config["name"]))
             elif layer["class_name"] == "Dropout":
                 model.add(tf_keras.layers.Dropout(float(config["rate"]), name=config["name"]))
             elif layer["class_name"] != "InputLayer":
                 raise ValueError(f"layer {layer['class_name']}")
         model.load_weights(path)
-    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: is no whole network of this pipeline ({error}); {remedy}") from None
-    if model.output_shape != (None, 1) or model.layers[-1].get_config().get("activation") != "sigmoid":
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise InputError(f"{path}: is no whole network of this pipeline ({first_line(error)}); {remedy}") from None
+    if model.output_shape != (None, 1):
         raise InputError(f"{path}: does not end in one sigmoid output; {remedy}")
     if not all(np.isfinite(w).all() for w in model.get_weights()):
         raise InputError(f"{path}: holds NaN or infinite weights; {remedy}")
@@ -606,16 +633,31 @@ def balanced_weights(y: np.ndarray) -> np.ndarray:
     return (len(y) / (2 * np.bincount(y, minlength=2)))[y]
 
 
+def mlp_bytes(model: tf_keras.Sequential) -> bytes:
+    """The network as the content of an .h5 file without the optimizer's state, made in memory.
+
+    The HDF5 library breaks down on a full disk; ordinary writing only fails. Raises InputError for NaN weights.
+    """
+    import h5py
+
+    if not all(np.isfinite(w).all() for w in model.get_weights()):
+        raise InputError("training ended in NaN or infinite weights, nothing was written; lower --learning-rate")
+    buffer = io.BytesIO()
+    model.compile(loss="binary_crossentropy")
+    with h5py.File(buffer, "w") as file:
+        model.save(file, save_format="h5", include_optimizer=False)
+    return buffer.getvalue()
+
+
 def save_mlp(model: tf_keras.Sequential, path: Path) -> None:
-    """Write a network as .h5, whole, without the optimizer's state."""
+    """Write a network as .h5, whole."""
     with whole_file(path) as temporary:
-        model.compile(loss="binary_crossentropy")
-        model.save(temporary, include_optimizer=False)
+        temporary.write_bytes(mlp_bytes(model))
 
 
 def by_rank(workdir: Path, suffix: str) -> list[Path]:
     """Step 3's networks pruned_model_top_{rank}_... in `workdir`, as .h5 or .onnx files, the best first."""
-    ranked = [(path.name.split("_")[3], path) for path in workdir.glob(f"pruned_model_top_*{suffix}")]
+    ranked = [(path.name.split("_")[3], path) for path in workdir.glob(f"pruned_model_top_*{suffix}") if path.is_file()]
     return [path for _, path in sorted((int(rank), path) for rank, path in ranked if rank.isdecimal())]
 
 
@@ -657,40 +699,32 @@ def write_workbook(path: Path, sheets: dict[str, pd.DataFrame]) -> None:
 def write_dataset(
     data_dir: Path, beats: pd.DataFrame, X: np.ndarray, rows: dict[str, np.ndarray], recipe: dict[str, Any]
 ) -> pd.DataFrame:
-    """Scale, write the arrays, beats.csv and dataset.json, and return the counts by split and class."""
+    """Scale, write the arrays, beats.csv and dataset.json, all or none, and return the counts by split and class."""
     scaler = fit_scaler(X[rows["train"]])
-    data_dir.mkdir(parents=True, exist_ok=True)
     table = pd.concat([beats.iloc[rows[s]].assign(split=s) for s in SPLITS])
-    checksums = {}
-    with contextlib.ExitStack() as stack:  # all are written before the first takes its place
-
-        def place(name: str, write: Callable[[Path], None]) -> None:
-            temporary = stack.enter_context(whole_file(data_dir / name))
-            write(temporary)
-            checksums[name] = sha256(temporary)
-
-        for split, index in rows.items():
-            label = (beats["aami"].to_numpy()[index] != "N").astype(np.float32)
-            for kind, array in (("X", apply_scaler(X[index], scaler)), ("y", label)):
-                place(f"Arryth_MITBIH_{split}_{kind}.npy", partial(np.save, arr=array))
-        place(
-            "beats.csv", lambda path: table[["split", "record", "sample", "symbol", "aami"]].to_csv(path, index=False)
-        )
-    by_record = {s: part.groupby(["record", "aami"]).size() for s, part in table.groupby("split")}
+    contents = {"beats.csv": table[["split", "record", "sample", "symbol", "aami"]].to_csv(index=False).encode()}
+    for split in SPLITS:
+        label = (beats["aami"].to_numpy()[rows[split]] != "N").astype(np.float32)
+        for kind, array in (("X", apply_scaler(X[rows[split]], scaler)), ("y", label)):
+            buffer = io.BytesIO()
+            np.save(buffer, array)
+            contents[f"Arryth_MITBIH_{split}_{kind}.npy"] = buffer.getvalue()
     counts = pd.crosstab(table["split"], table["aami"]).reindex(index=SPLITS, columns=list(AAMI_CLASSES), fill_value=0)
-    write_json(
-        data_dir / "dataset.json",
-        {
-            "source": SOURCE,
-            "licence": LICENCE,
-            "recipe": recipe,
-            "counts": {s: counts.loc[s].to_dict() for s in SPLITS},
-            "counts_by_record": {s: {f"{r} {c}": int(n) for (r, c), n in by_record[s].items()} for s in SPLITS},
-            "features": FEATURES,
-            "scaler": scaler,
-            "sha256": checksums,
-        },
-    )
+    by_record = table.groupby(["split", "record", "aami"]).size()
+    description = {
+        "source": SOURCE,
+        "licence": LICENCE,
+        "recipe": recipe,
+        "counts": {s: counts.loc[s].to_dict() for s in SPLITS},
+        "counts_by_record": {s: {" ".join(key): int(n) for key, n in by_record[s].items()} for s in SPLITS},
+        "features": FEATURES,
+        "scaler": scaler,
+        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
+    }
+    contents["dataset.json"] = (json.dumps(description, indent=1) + "\n").encode()
+    with contextlib.ExitStack() as stack:  # all are written before the first takes its place
+        for name, content in contents.items():
+            stack.enter_context(whole_file(data_dir / name)).write_bytes(content)
     return counts
 
 
@@ -709,6 +743,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--workers", type=positive_int, default=os.cpu_count(), help="processes that read records")
     args = parser.parse_args(argv)
+    check_writable(args.data_dir)
     started = time.monotonic()
     records = read_all(provide_records(args.records_dir, not args.no_download), args.workers)
     skipped = {r["record"]: r["skipped"] for r in records if r["skipped"]}

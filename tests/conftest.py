@@ -97,7 +97,9 @@ def refusal(main, argv: list[str], capsys: pytest.CaptureFixture) -> str:
     with pytest.raises(SystemExit) as stop:
         run(lambda: main([str(a) for a in argv]))
     assert stop.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "%|" not in line and line.strip()]  # less progress bars
+    lines = [
+        line for line in capsys.readouterr().err.splitlines() if "%|" not in line and line.strip()
+    ]  # less progress bars
     assert not any("Traceback" in line for line in lines)
     assert len(lines) == 1 or lines[0].startswith("usage:"), lines  # argparse shows the usage before its line
     return lines[-1]

@@ -27,6 +27,7 @@ def server(tmp_path, monkeypatch):
     class Handler(SimpleHTTPRequestHandler):
         faults: ClassVar[dict[str, int]] = {}
         requests: ClassVar[list[str]] = []
+        ranges: ClassVar[dict[str, int]] = {}
 
         def __init__(self, *args):
             super().__init__(*args, directory=str(tmp_path / "www"))
@@ -39,7 +40,7 @@ def server(tmp_path, monkeypatch):
                 return self.send_error(404)
             start = 0
             if "Range" in self.headers:
-                start = int(self.headers["Range"].split("=")[1].split("-")[0])
+                start = Handler.ranges[name] = int(self.headers["Range"].split("=")[1].split("-")[0])
                 self.send_response(206)
                 self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
             else:
@@ -94,7 +95,7 @@ def test_a_broken_transfer_is_tried_again(server, tmp_path):
 def test_a_download_that_stays_broken_keeps_what_it_has_and_resumes(server, tmp_path, capsys):
     server.faults["101.dat"] = 100
     assert "run the same command again" in refusal(pre.main, argv(tmp_path), capsys)
-    assert not (tmp_path / "d").exists()
+    assert not list((tmp_path / "d").iterdir())
     assert not (tmp_path / "mitdb" / "101.dat").exists()
     assert (tmp_path / "mitdb" / "100.dat").exists()
     assert "missing" in refusal(pre.main, argv(tmp_path, "--no-download"), capsys)
@@ -110,6 +111,7 @@ def test_a_part_of_a_file_is_continued(server, tmp_path):
     part.mkdir(parents=True)
     (part / "100.dat").write_bytes((server.folder / "100.dat").read_bytes()[:1234])
     pre.main(argv(tmp_path))
+    assert server.ranges["100.dat"] == 1234
     assert (tmp_path / "mitdb" / "100.dat").read_bytes() == (server.folder / "100.dat").read_bytes()
 
 
@@ -126,6 +128,13 @@ def test_a_file_that_changed_on_disk_is_refused(server, tmp_path, capsys):
     path = tmp_path / "mitdb" / "100.atr"
     path.write_bytes(path.read_bytes()[:-10])
     assert "100.atr" in refusal(pre.main, argv(tmp_path), capsys)
+
+
+@pytest.mark.parametrize("content", ["", "abc12 100.dat\n", "<html>\n"])
+def test_a_damaged_list_of_checksums_is_refused(server, tmp_path, capsys, content):
+    pre.main(argv(tmp_path))
+    (tmp_path / "mitdb" / "SHA256SUMS.txt").write_text(content)
+    assert "SHA256SUMS.txt" in refusal(pre.main, argv(tmp_path), capsys)
 
 
 def test_no_server_is_one_line(server, tmp_path, capsys):

@@ -105,16 +105,43 @@ def test_what_is_too_dear_or_cannot_compile_is_a_row(arrays, tmp_path, monkeypat
     def fails_at_three(network, bits, *rest):
         if bits == 3:
             raise RuntimeError("NoParametersFound\nsecond line")
+        if bits == 5:
+            raise AssertionError
         return compile_network(network, bits, *rest)
 
     monkeypatch.setattr(step5, "compile_network", fails_at_three)
-    step5.main([*common, "--bits", "2", "3", "--max-seconds", "0.0001"])
+    step5.main([*common, "--bits", "2", "3", "5", "--max-seconds", "0.0001"])
     rows = pd.read_excel(tmp_path / "results_batch_0.xlsx").set_index("q_bits")
-    assert list(rows["status"]) == ["too slow", "cannot compile"]
+    assert list(rows["status"]) == ["too slow", "cannot compile", "cannot compile"]
+    assert rows.loc[5, "reason"] == "AssertionError"
+    assert not (tmp_path / "fhe_accuracy_vs_seconds.png").exists()
     assert "--max-seconds" in rows.loc[2, "reason"]
     assert rows.loc[3, "reason"] == "NoParametersFound"
     assert rows["accuracy_fhe"].isna().all()
     assert rows.loc[2, "accuracy_clear_test_set"] > 0
+
+
+def test_what_breaks_while_running_is_a_row_and_what_was_finished_stays(arrays, tmp_path, monkeypatch):
+    model = network(tmp_path / "small.onnx", widths=(32, 2, 1))
+    common = ["--data-dir", str(arrays), "--workdir", str(tmp_path), "--models", str(model), "--samples", "2"]
+    run_encrypted, calls = step5.run_encrypted, []
+
+    def breaks_at_the_second_network(module, row):
+        calls.append(row)
+        if len(calls) == 4 + 4 + 2:  # the machine's calibration, the first configuration, a sample of the second
+            raise MemoryError
+        if len(calls) == 4 + 4 + 3:
+            raise KeyboardInterrupt
+        return run_encrypted(module, row)
+
+    monkeypatch.setattr(step5, "run_encrypted", breaks_at_the_second_network)
+    with pytest.raises(KeyboardInterrupt):
+        step5.main([*common, "--bits", "2", "3", "4", "--batches", "1"])
+    rows = pd.read_excel(tmp_path / "results_batch_0.xlsx").set_index("q_bits")
+    assert list(rows.index) == [2, 3]
+    assert rows.loc[2, "status"] == "ok"
+    assert rows.loc[3, "status"] == "failed"
+    assert rows.loc[3, "reason"] == "MemoryError"
 
 
 def test_the_reference_keeps_the_sigmoid_and_does_not_round(arrays, tmp_path):
@@ -135,6 +162,7 @@ def test_the_reference_keeps_the_sigmoid_and_does_not_round(arrays, tmp_path):
     sheets = pd.read_excel(tmp_path / "results_batch_0.xlsx", sheet_name=None)
     assert sheets["results"].loc[0, "pbs"] == 3  # two ReLU and the sigmoid
     assert sheets["predictions"]["output_clear"].between(0, 1).all()
+    assert sheets["results"].loc[0, "outputs_equal_clear"] == 1  # without rounding the encrypted output is exact
     settings = dict(sheets["settings"].to_numpy())
     assert settings["rounding_bits"] == "none"
     assert settings["p_error"] == 2.0**-40
@@ -200,6 +228,9 @@ def test_bad_input_is_refused_before_anything_is_written(arrays, tmp_path, capsy
     assert "NaN" in refused("--models", holes)
     assert "batch 99 does not exist" in refused("--models", good, "--start-batch", "99")
     assert "--bits" in refused("--models", good, "--bits", "1")
+    assert "--rounding-bits" in refused("--models", good, "--rounding-bits", "9")
+    assert "--max-seconds" in refused("--models", good, "--max-seconds", "nan")
+    assert "same name" in refused("--models", good, good)
     assert "--p-error" in refused("--models", good, "--p-error", "1.5")
     assert "preprocess_mitbih.py" in refused("--data-dir", tmp_path)
     assert not list(tmp_path.glob("*.xlsx")) + list(tmp_path.glob("*.png"))

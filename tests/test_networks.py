@@ -216,11 +216,13 @@ def test_step3_files_hold_what_the_workbook_says(workdir, arrays, keras):
 
 def test_one_shot_pruning_only_removes_and_an_earlier_run_does_not_linger(workdir, arrays, tmp_path, keras):
     shutil.copy(workdir / "tf_pruned_model.h5", tmp_path)
-    (tmp_path / "pruned_model_top_1_prune_25_acc_0.1234.h5").write_bytes(b"an earlier run's")
+    for suffix in (".h5", ".onnx"):
+        (tmp_path / f"pruned_model_top_1_prune_25_acc_0.1234{suffix}").write_bytes(b"an earlier run's")
     common = ["--data-dir", str(arrays), "--workdir", str(tmp_path), "--fine-tune-epochs", "0"]
     step3.main([*common, "--rates", "25", "50"])
     files = pre.by_rank(tmp_path, ".h5")
     assert len(files) == 2
+    assert not pre.by_rank(tmp_path, ".onnx")
     assert (tmp_path / "pruned_model_top_1_prune_25_acc_0.1234.h5") not in files
     full = {
         w for kernel, _ in step3.dense_layers(pre.load_mlp(workdir / "tf_pruned_model.h5", "")) for w in kernel.ravel()
@@ -228,6 +230,23 @@ def test_one_shot_pruning_only_removes_and_an_earlier_run_does_not_linger(workdi
     for path in files:
         layers = step3.dense_layers(pre.load_mlp(path, ""))
         assert {w for kernel, _ in layers for w in kernel.ravel()} <= full
+
+
+def test_same_seed_same_pruned_networks(workdir, arrays, tmp_path, keras):
+    weights = []
+    for run in ("a", "b"):
+        folder = tmp_path / run
+        folder.mkdir()
+        shutil.copy(workdir / "MLP_model_0.h5", folder)
+        common = ["--data-dir", str(arrays), "--workdir", str(folder)]
+        step2.main([*common, "--epochs", "1"])
+        step3.main([*common, "--rates", "50", "80", "--fine-tune-epochs", "1"])
+        files = [folder / "tf_pruned_model.h5", *pre.by_rank(folder, ".h5")]
+        weights.append([w for path in files for w in pre.load_mlp(path, "").get_weights()])
+        names = [path.name for path in files]
+    assert [path.name for path in files] == names
+    for first, second in zip(*weights, strict=True):
+        np.testing.assert_array_equal(first, second)
 
 
 # Step 4
@@ -286,13 +305,19 @@ def corrupt(path, how, tmp_path):
             elif how == "wrong shape":
                 del file["model_weights/hidden_1/hidden_1/kernel:0"]
                 file["model_weights/hidden_1/hidden_1/kernel:0"] = np.zeros((31, 64), np.float32)
+            elif how == "linear":
+                layers[1]["config"]["activation"] = "linear"
+            elif how == "huge":
+                layers[1]["config"]["units"] = float("inf")
             elif how == "no sigmoid":
                 layers[-1]["config"]["activation"] = "linear"
             file.attrs["model_config"] = json.dumps(config)
     return target
 
 
-@pytest.mark.parametrize("how", ["missing", "truncated", "foreign", "nan", "code", "wrong shape", "no sigmoid"])
+@pytest.mark.parametrize(
+    "how", ["missing", "truncated", "foreign", "nan", "code", "wrong shape", "no sigmoid", "linear", "huge"]
+)
 def test_bad_networks_are_refused_in_one_line(workdir, arrays, tmp_path, capsys, how):
     common = ["--data-dir", arrays, "--workdir", tmp_path]
     for step, source, command in (
@@ -318,13 +343,51 @@ def test_bad_networks_are_refused_in_one_line(workdir, arrays, tmp_path, capsys,
 def test_bad_options_and_missing_inputs_are_refused(workdir, arrays, tmp_path, capsys):
     common = ["--data-dir", arrays, "--workdir", tmp_path]
     assert "python dynamic_pruning_eval.py" in refusal(step4.main, common, capsys)
+    missing = [*common, "--models", tmp_path / "MLP_model_0.h5"]
+    assert "MLP_model_0.h5: not found; make it with: python MLP_model_0.py" in refusal(step4.main, missing, capsys)
+    for rate in ("0", "-1", "nan", "inf", "x"):
+        assert "--learning-rate" in refusal(step1.main, [*common, f"--learning-rate={rate}"], capsys)
+    assert "--seed" in refusal(step1.main, [*common, "--seed=-1"], capsys)
     assert "--rates" in refusal(step3.main, [*common, "--rates", "50", "25"], capsys)
     assert "neuron" in refusal(step2.main, [*common, "--block-rows", "0"], capsys)
     assert "--epochs" in refusal(step1.main, [*common, "--epochs", "0"], capsys)
     for step in (step1, step2, step3, step4):
         line = refusal(step.main, ["--data-dir", tmp_path / "none", "--workdir", workdir], capsys)
         assert "preprocess_mitbih.py" in line
+    (tmp_path / "d").mkdir()
+    assert "same name" in refusal(step4.main, [*common, "--models", "a/x.h5", "b/x.h5"], capsys)
     (tmp_path / "file").write_text("x")
     assert "file" in refusal(
         step1.main, ["--data-dir", arrays, "--workdir", tmp_path / "file", "--epochs", "1"], capsys
     )
+
+
+def test_a_training_that_ends_in_nan_keeps_the_network_that_was_there(workdir, arrays, tmp_path, capsys, keras):
+    shutil.copy(workdir / "MLP_model_0.h5", tmp_path)
+    before = (tmp_path / "MLP_model_0.h5").read_bytes()
+    common = ["--data-dir", arrays, "--workdir", tmp_path, "--epochs", "2", "--learning-rate", "1e30"]
+    assert "--learning-rate" in refusal(step1.main, common, capsys)
+    assert (tmp_path / "MLP_model_0.h5").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("step", [step1, step3])
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(workdir, arrays, tmp_path, capsys, keras, monkeypatch, step):
+    """The third file that is written finds no room."""
+    for path in workdir.glob("*.h5"):
+        shutil.copy(path, tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    write_bytes, calls = pre.Path.write_bytes, []
+
+    def no_room(path, content):
+        calls.append(path)
+        if len(calls) == (1 if step is step1 else 3):
+            write_bytes(path, content[:100])
+            raise OSError(28, "No space left on device", str(path))
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(pre.Path, "write_bytes", no_room)
+    options = ["--epochs", "1"] if step is step1 else ["--fine-tune-epochs", "0"]
+    assert "No space left" in refusal(step.main, ["--data-dir", arrays, "--workdir", tmp_path, *options], capsys)
+    monkeypatch.undo()
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

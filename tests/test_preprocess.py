@@ -92,6 +92,14 @@ def test_beats_outside_or_in_missing_or_flat_signal_are_dropped_and_counted():
     assert 1 not in index
 
 
+def test_a_beat_that_is_annotated_twice_is_dropped_under_its_own_name():
+    signal = np.random.default_rng(0).normal(size=(10_000, 2))
+    beats = np.insert(np.arange(350, 9950, 300), 4, 350 + 4 * 300)
+    _, index, dropped = pre.beat_features(signal, 360, beats)
+    assert dropped["annotated twice or out of order"] == 2
+    assert not {4, 5} & set(index)
+
+
 def test_draw_keeps_rare_classes_and_fills_with_q():
     aami = np.array(["N"] * 100 + ["S"] * 5 + ["V"] * 10 + ["F"] * 2 + ["Q"] * 50)
     drawn = aami[pre.draw_balanced(aami, "SVFQ", 40, np.random.default_rng(1))]
@@ -188,6 +196,23 @@ def test_unsuited_records_are_named_and_left_out(records, tmp_path, capsys):
     assert set(beats["record"]) == {"100", "101", "103", "106"}
 
 
+def test_a_full_disk_leaves_the_data_set_that_was_there(records, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "d"
+    build(records, folder)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    write_bytes = pre.Path.write_bytes
+
+    def no_room(path, content):
+        if "dataset" in path.name:
+            raise OSError(28, "No space left on device", str(path))
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(pre.Path, "write_bytes", no_room)
+    line = refusal(main, ["--records-dir", records, "--data-dir", folder, "--seed", "3"], capsys)
+    assert "No space left" in line
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
 def test_refusals_name_the_cause_and_overwrite_nothing(records, tmp_path, capsys):
     folder = tmp_path / "d"
     build(records, folder)
@@ -200,6 +225,8 @@ def test_refusals_name_the_cause_and_overwrite_nothing(records, tmp_path, capsys
     assert "no WFDB header" in refusal(main, [*base, tmp_path / "other"], capsys)
     (records / "100.dat").write_bytes((records / "100.dat").read_bytes()[:5000])
     assert "100: cannot be read" in refusal(main, [*base, records], capsys)
+    (records / "103.atr").write_bytes(b"")
+    (records / "100.dat").unlink()
     (records / "100.hea").write_text("no header\n")
     assert "100: cannot be read" in refusal(main, [*base, records], capsys)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
@@ -228,6 +255,9 @@ def test_loading_refuses_bad_arrays(arrays, tmp_path):
     assert "whole" in broken("val_X", whole[:1000])
     assert "whole" in broken("val_X", b"")
     assert "whole" in broken("val_X", b"PK\x03\x04 something else")
+    huge = whole.replace(b"(600, 32), ", b"(10**14, 32), ".replace(b"10**14", b"9" * 14))
+    huge = huge[:8] + (int.from_bytes(huge[8:10], "little") + len(huge) - len(whole)).to_bytes(2, "little") + huge[10:]
+    assert "whole" in broken("val_X", huge)
     assert "whole" in broken("val_y", np.array([{"pickled": 1}], dtype=object))
     assert "shape" in broken("val_X", X[:, :31])
     assert "numbers" in broken("val_X", X.astype(str))
@@ -243,6 +273,9 @@ def test_loading_notices_arrays_that_dataset_json_does_not_describe(records, tmp
     X = np.load(folder / "Arryth_MITBIH_test_X.npy")
     np.save(folder / "Arryth_MITBIH_test_X.npy", X[:, ::-1])
     with pytest.raises(pre.InputError, match=r"dataset\.json"):
+        pre.load_arrays(folder)
+    (folder / "dataset.json").write_text('{"sha256": {}}')
+    with pytest.raises(pre.InputError, match="damaged"):
         pre.load_arrays(folder)
     (folder / "dataset.json").write_text("{")
     with pytest.raises(pre.InputError, match="damaged"):

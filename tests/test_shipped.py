@@ -71,3 +71,26 @@ def test_tensorflow_starts_silently_but_its_warnings_stay(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stderr == "W tensorflow/core/x.cc:1] a real warning\n"
+
+
+def test_make_reruns_the_edited_stage_and_what_follows(tmp_path):
+    for name in ("Makefile", "requirements.txt", *SCRIPTS):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset.json").write_text("{}")
+    products = [".venv/.ready", "MLP_model_0.h5", "tf_pruned_model.h5", "dynamic_pruning_results.xlsx"]
+    for age, name in enumerate([*products, ".onnx.stamp", ".fhe.stamp"]):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (2e9 + age, 2e9 + age))
+
+    def would_run(*edited):
+        options = [word for name in edited for word in ("-W", name)]
+        shown = subprocess.run(["make", "-n", *options], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return [line.split()[-1] for line in shown.stdout.splitlines() if line.endswith(".py")]
+
+    steps = ["MLP_model_0.py", "TF_pruning.py", "dynamic_pruning_eval.py", "h5_onnx_converter.py", "fhe_experiments.py"]
+    assert would_run() == []
+    for number, step in enumerate(steps):
+        assert would_run(step) == steps[number:]
+    assert would_run("data/dataset.json") == steps
