@@ -54,6 +54,7 @@ CALIBRATION_NEURONS = 32  # of the layer that measures the machine; enough to ke
 SIMULATED_ROWS = 500  # test rows for the simulated accuracy; simulation takes milliseconds a row
 ROUNDING_BITS = 6  # leading bits of each accumulator that the encrypted ReLU looks at; their number is the price
 P_ERROR = 2.0**-13  # chance that one bootstrap is off by one step; Concrete ML's default is 2^-40
+MEMORY_PER_KEY_BYTE = 2.2  # bytes; making and unpacking keys of 0.4 to 4.7 GB took up to 2.1 times their size
 MAX_SECONDS = 60.0  # seconds a sample above which a configuration is not run
 
 PUBLISHED_COLUMNS = (
@@ -229,6 +230,19 @@ def prepare(
     facts["accuracy_simulated"] = float(np.mean(decisions == y[simulated]))
     facts["simulated_rows"] = len(simulated)
     return Configuration(path, bits, facts, module)
+
+
+def judge_affordable(c: Configuration, seconds_per_unit: float, limit: float) -> None:
+    """Predict time and memory of a compiled configuration; what exceeds `limit` seconds or this machine is not run."""
+    import psutil
+
+    seconds = c.facts["predicted_seconds"] = c.facts["complexity"] * seconds_per_unit
+    memory = c.facts["predicted_memory_MB"] = c.facts["evaluation_keys_MB"] * MEMORY_PER_KEY_BYTE
+    free = psutil.virtual_memory().available / 1e6
+    if seconds > limit:
+        c.status, c.reason = "too slow", f"predicted {seconds:.0f} s a sample, over --max-seconds {limit:g}"
+    elif memory > free:
+        c.status, c.reason = "too large", f"needs about {memory / 1e3:.1f} GB of memory, {free / 1e3:.1f} GB are free"
 
 
 def print_plan(configurations: list[Configuration], samples: int, seconds_per_byte: float) -> None:
@@ -445,10 +459,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         bar.set_postfix_str(f"{path.stem} at {bits} bits")
         c = prepare(path, bits, data, calibration, setting, simulated)
         if c.status == "ok":
-            seconds = c.facts["predicted_seconds"] = c.facts["complexity"] * seconds_per_unit
-            if seconds > args.max_seconds:
-                c.status = "too slow"
-                c.reason = f"predicted {seconds:.0f} s a sample, over --max-seconds {args.max_seconds:g}"
+            judge_affordable(c, seconds_per_unit, args.max_seconds)
         configurations.append(c)
     print_plan(configurations, samples, seconds_per_byte)
 

@@ -121,6 +121,20 @@ def test_what_is_too_dear_or_cannot_compile_is_a_row(arrays, tmp_path, monkeypat
     assert rows.loc[2, "accuracy_clear_test_set"] > 0
 
 
+def test_keys_that_memory_cannot_hold_are_not_made(monkeypatch):
+    import psutil
+
+    class Memory:
+        available = 10e9
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory)
+    for megabytes, status in ((4000, "ok"), (5000, "too large")):
+        c = step5.Configuration(None, 3, {"complexity": 1e9, "evaluation_keys_MB": megabytes})
+        step5.judge_affordable(c, 1e-10, 60.0)
+        assert c.status == status
+    assert c.reason == "needs about 11.0 GB of memory, 10.0 GB are free"
+
+
 def test_what_breaks_while_running_is_a_row_and_what_was_finished_stays(arrays, tmp_path, monkeypatch):
     model = network(tmp_path / "small.onnx", widths=(32, 2, 1))
     common = ["--data-dir", str(arrays), "--workdir", str(tmp_path), "--models", str(model), "--samples", "2"]
