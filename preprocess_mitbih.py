@@ -101,7 +101,7 @@ START_UP_NOISE = re.compile(
 )
 MOST_NEURONS = 4096  # a layer; more in a file are a damaged number
 NUMBER_FORMATS = {  # of workbook columns, by a part of their name
-    "^accuracy|accuracy$|^output_[cf]": "0.0000",
+    "accuracy|^output_[cf]": "0.0000",
     "^perc_": "0.0",
     "complexity|^p_": "0.00E+00",
     "_time$|seconds|_ms$|_MB$|_kB$": "0.000",

@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import onnx
 import onnxruntime
+import openpyxl
 import pandas as pd
 import pytest
 from conftest import refusal
@@ -194,6 +195,9 @@ def test_step3_files_hold_what_the_workbook_says(workdir, arrays, keras):
     assert list(table["rate_percent"]) == list(range(25, 91, 5))
     kept = table.dropna(subset="file")
     assert len(kept) == 10
+    sheet = openpyxl.load_workbook(workdir / "dynamic_pruning_results.xlsx")["results"]
+    formats = {sheet.cell(1, c).value: sheet.cell(2, c).number_format for c in range(1, sheet.max_column + 1)}
+    assert {f for name, f in formats.items() if "accuracy" in name} == {"0.0000"}
     assert kept["val_accuracy"].min() >= table[table["file"].isna()]["val_accuracy"].max()
     files = pre.by_rank(workdir, ".h5")
     assert {p.name for p in files} == set(kept["file"])
