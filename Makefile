@@ -1,10 +1,11 @@
 # make       set up .venv and run steps 1 to 5 on the shipped data; a stage reruns when its script or input changed
 # make test  set up .venv and run the tests
+# make bench measure the front against the plain way and other models (after make; about 15 min)
 # make data  rebuild data/ from the MIT-BIH records (downloads 94 MB into data/mitdb when they are not there)
 # make clean remove the results, keep .venv and data/
 
 .DELETE_ON_ERROR:
-.PHONY: all test data lint clean
+.PHONY: all test bench data lint clean
 
 CHECK := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 13))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
@@ -27,10 +28,11 @@ MLP_model_0.h5: MLP_model_0.py preprocess_mitbih.py $(ARRAYS) | .venv/.ready
 tf_pruned_model.h5: TF_pruning.py MLP_model_0.h5 | .venv/.ready
 	$(RUN) TF_pruning.py
 
-dynamic_pruning_results.xlsx: dynamic_pruning_eval.py tf_pruned_model.h5 | .venv/.ready
+dynamic_pruning_results.xlsx: dynamic_pruning_eval.py quantized_mlp.py tf_pruned_model.h5 | .venv/.ready
 	$(RUN) dynamic_pruning_eval.py
 
 # The files of steps 4 and 5 have names that follow the results, and step 5's must survive an interrupt: stamps.
+# They import quantized_mlp.py too, and step 3, which depends on it, comes before them.
 .onnx.stamp: h5_onnx_converter.py dynamic_pruning_results.xlsx | .venv/.ready
 	$(RUN) h5_onnx_converter.py
 	@touch $@
@@ -38,6 +40,9 @@ dynamic_pruning_results.xlsx: dynamic_pruning_eval.py tf_pruned_model.h5 | .venv
 .fhe.stamp: fhe_experiments.py .onnx.stamp | .venv/.ready
 	$(RUN) fhe_experiments.py
 	@touch $@
+
+bench: .fhe.stamp
+	$(RUN) tests/benchmark.py
 
 data: .venv/.ready
 	$(RUN) preprocess_mitbih.py
@@ -50,4 +55,5 @@ lint: .venv/.ready
 	$(RUN) -m ruff format --check .
 
 clean:
-	rm -f MLP_model_0.h5 MLP_model_0_* tf_pruned_model* dynamic_pruning_*.png dynamic_pruning_*.xlsx pruned_model_top_* results_batch_*.xlsx fhe_*.png .onnx.stamp .fhe.stamp
+	rm -rf quantized
+	rm -f MLP_model_0.h5 MLP_model_0_* tf_pruned_model* dynamic_pruning_*.png dynamic_pruning_*.xlsx pruned_model_top_* results_batch_*.xlsx fhe_summary.xlsx benchmark.xlsx fhe_*.png .onnx.stamp .fhe.stamp

@@ -1,13 +1,18 @@
-"""Step 3: remove neurons at rates from 25 % to 90 %, fine-tune, measure, and keep the ten best networks.
+"""Step 3: remove neurons at rates from 25 % to 90 %, fine-tune, quantize, and keep the ten best networks.
 
 Each rate goes on from the network of the rate before. The neurons with the most zero weights go first, and among equals
 those of the least saliency: fine-tuning fills the zeros of step 2, so from the second rate on, saliency decides, while
 one-shot pruning (--fine-tune-epochs 0) ranks by zeros throughout. What a removed neuron gave on average moves into the
-biases of the next layer.
+biases of the next layer. A layer that would become narrower than --min-width goes as a whole and leaves its neurons to
+the others: an encrypted neuron costs the same anywhere, and one that passes few bits through a narrow layer is wasted.
 
-Reads   tf_pruned_model.h5 in --workdir (python TF_pruning.py makes it) and the arrays in --data-dir
-Writes  to --workdir: ten pruned_model_top_{rank}_prune_{percent}_acc_{validation accuracy}.h5,
-        dynamic_pruning_results.xlsx, dynamic_pruning_accuracy.png, dynamic_pruning_latency.png
+Then the networks, the smallest first, are trained once more at 2 to 7 bits as the encrypted graph computes them, with
+the baseline as their teacher, until ten stay within a point of the baseline on validation data. The cheapest of them is
+rank 1; the networks larger than those could only be dearer.
+
+Reads   tf_pruned_model.h5 and MLP_model_0.h5 in --workdir (steps 1 and 2 make them) and the arrays in --data-dir
+Writes  to --workdir: ten pruned_model_top_{rank}_prune_{percent}_acc_{validation accuracy}.h5, each with its quantized
+        networks inside, dynamic_pruning_results.xlsx, dynamic_pruning_accuracy.png, _cost.png and _latency.png
 Run     python dynamic_pruning_eval.py
 """
 
@@ -21,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 from preprocess_mitbih import (
     accuracy,
@@ -34,12 +40,14 @@ from preprocess_mitbih import (
     make_parser,
     mlp_bytes,
     natural_int,
+    positive_int,
     run,
     save_figure,
     start_tensorflow,
     whole_file,
     write_workbook,
 )
+from quantized_mlp import BITS, Population, QuantizedNetwork, add_to_h5
 
 if TYPE_CHECKING:
     import tf_keras
@@ -49,6 +57,11 @@ FINE_TUNE_EPOCHS = 30  # after each rate; 0 is one-shot pruning
 BATCH_SIZE = 64  # beats a gradient step
 LEARNING_RATE = 1e-3  # of Adam at the start of each fine-tuning; falls to 0 along a cosine
 WEIGHT_DECAY = 0.3  # decoupled, of weights and biases; narrow ranges survive quantization (tried on validation rows)
+MIN_WIDTH = 32  # neurons; narrower hidden layers lost 0.3 to 1 points at 3 and 4 bits (validation rows)
+QUANTIZATION_EPOCHS = 40  # of quantization-aware training; 80 gave 0.2 points more (validation rows) for twice the time
+KEPT_BITS = (4, 5)  # leading accumulator bits that are tried at each bit width; 3 loses points, 6 costs three times 5
+KEPT_BITS_TOLERANCE = 0.0025  # of validation accuracy that fewer kept bits may cost
+MAX_LOSS = 0.01  # of validation accuracy below the baseline that a network may have and still be ranked by its price
 KEEP = 10  # networks that are saved
 CYCLES = 20  # timed repetitions of each latency, after one that warms up
 
@@ -83,19 +96,50 @@ def remove_neurons(layers: Layers, index: int, keep: np.ndarray, activation: np.
     return changed
 
 
+def drop_layer(layers: Layers, index: int, X: np.ndarray) -> Layers:
+    """Network without hidden layer `index`; X: inputs of that layer (n, inputs).
+
+    The layer after it gets the kernel and bias that give its sums best (least squares) from what came before.
+    """
+    (kernel, bias), (next_kernel, next_bias) = layers[index], layers[index + 1]
+    sums = np.maximum(X @ kernel + bias, 0) @ next_kernel + next_bias
+    solution = np.linalg.lstsq(np.column_stack([X, np.ones(len(X))]), sums, rcond=None)[0].astype(kernel.dtype)
+    return [*layers[:index], (solution[:-1], solution[-1]), *layers[index + 2 :]]
+
+
 def shrink(layers: Layers, widths: Sequence[int], X: np.ndarray) -> Layers:
-    """Network whose hidden layers have `widths` neurons; X: training rows (n, 32) that give the mean activations.
+    """Network whose hidden layers have `widths` neurons, none where it is 0; X: training rows (n, 32).
 
     Most zero weights go first; among equals, and in a network without zeros, those of the least saliency.
     """
-    for index, width in enumerate(widths):
+    index = 0
+    for width in widths:
+        if not width:
+            layers = drop_layer(layers, index, X)
+            continue
         kernel, bias = layers[index]
         activation = np.maximum(X @ kernel + bias, 0)
         order = np.lexsort((-saliency(layers, index), zero_counts(layers, index)))
         keep = np.sort(order[:width])
         layers = remove_neurons(layers, index, keep, activation)
         X = activation[:, keep]
+        index += 1
     return layers
+
+
+def share_neurons(neurons: int, full: Sequence[int], min_width: int) -> list[int]:
+    """Widths of the hidden layers that share `neurons` as the widths `full` do, 0 for a layer that goes.
+
+    The narrowest layer (the last of equals) goes as long as it would get less than `min_width` and is not the only one.
+    """
+    left = list(range(len(full)))
+    while True:
+        total = sum(full[i] for i in left)
+        widths = [min(full[i], max(1, round(neurons * full[i] / total))) if i in left else 0 for i in range(len(full))]
+        narrowest = min(reversed(left), key=lambda i: widths[i])
+        if widths[narrowest] >= min_width or len(left) == 1:
+            return widths
+        left.remove(narrowest)
 
 
 def revive(layers: Layers, rng: np.random.Generator) -> Layers:
@@ -155,6 +199,39 @@ def fine_tune(model: tf_keras.Sequential, data: dict[str, Any], epochs: int, tit
     )
 
 
+def quantize(
+    layers: Layers, data: dict[str, Any], targets: np.ndarray, epochs: int, seed: int, title: str
+) -> pd.DataFrame:
+    """Train the network at every bit width and number of kept bits: a row for each, the network in column "network"."""
+    members = [(bits, kept) for bits in BITS for kept in KEPT_BITS]
+    population = Population(layers, members, data["train"][0])
+    with tqdm(total=epochs, desc=title, unit="epoch") as bar:
+        population.train(data, targets, epochs, seed, bar)
+    rows = [
+        {
+            "bits": network.bits,
+            "kept_bits": network.kept_bits,
+            "pbs": network.pbs(),
+            "predicted_complexity": network.predicted_complexity(),
+            "val_accuracy": network.accuracy(*data["val"]),
+            "test_accuracy": network.accuracy(*data["test"]),
+            "network": network,
+        }
+        for network in population.networks(data["train"][0])
+    ]
+    table = pd.DataFrame(rows)
+    enough = table.groupby("bits")["val_accuracy"].transform("max") - KEPT_BITS_TOLERANCE
+    fewest = table[table["val_accuracy"] >= enough].groupby("bits")["kept_bits"].transform("min")
+    table["chosen"] = table["kept_bits"].eq(fewest)
+    return table
+
+
+def price(quantized: pd.DataFrame, least: float) -> pd.Series:
+    """The cheapest row of at least `least` validation accuracy or, when there is none, the most accurate one."""
+    good = quantized[quantized["val_accuracy"] >= least]
+    return quantized.loc[good["predicted_complexity"].idxmin() if len(good) else quantized["val_accuracy"].idxmax()]
+
+
 def latency_ms(model: Callable, X: np.ndarray) -> tuple[float, float]:
     """Median and interquartile range, in milliseconds, of CYCLES calls on X after one that warms up."""
     seconds = []
@@ -188,19 +265,38 @@ def measure(model: tf_keras.Sequential, data: dict[str, Any]) -> dict[str, float
     }
 
 
-def save_best(models: dict[int, tf_keras.Sequential], table: pd.DataFrame, workdir: Path) -> list[str]:
-    """Write the KEEP networks of the best validation accuracy (the smaller one among equals), remove an earlier run's.
+def rank(table: pd.DataFrame, least: float) -> list[int]:
+    """Index of `table`, the best first: what reaches `least` when quantized by its price, the rest by its accuracy.
 
-    Returns the file name of each row of `table`, "" for one that is not kept; the best is rank 1.
+    Without quantized networks, by validation accuracy, the smaller network first among equals.
     """
-    order = table.sort_values(["val_accuracy", "rate_percent"], ascending=False).index[:KEEP]
+    if "quantized_val_accuracy" not in table:
+        return list(table.sort_values(["val_accuracy", "rate_percent"], ascending=False).index)
+    good = table["quantized_val_accuracy"] >= least
+    by_price = table[good].sort_values(["predicted_complexity", "rate_percent"], ascending=[True, False])
+    return [*by_price.index, *table[~good].sort_values("quantized_val_accuracy", ascending=False).index]
+
+
+def save_best(
+    models: dict[int, tf_keras.Sequential],
+    quantized: dict[int, list[QuantizedNetwork]],
+    table: pd.DataFrame,
+    order: list[int],
+    workdir: Path,
+) -> list[str]:
+    """Write the first KEEP networks of `order` with what was quantized from them, remove an earlier run's.
+
+    Returns the file name of each row of `table`, "" for one that is not kept; the first is rank 1.
+    """
     names = [""] * len(table)
-    earlier = [*by_rank(workdir, ".h5"), *by_rank(workdir, ".onnx")]  # .onnx: step 4 must run again
+    earlier = [path for suffix in (".h5", ".onnx") for path in by_rank(workdir, suffix)]  # step 4 must run again
+    earlier += by_rank(workdir / "quantized", ".onnx")
     with contextlib.ExitStack() as stack:  # all are written before the first takes its place
-        for rank, row in enumerate(order, 1):
+        for number, row in enumerate(order[:KEEP], 1):
             percent = int(table.loc[row, "rate_percent"])
-            names[row] = f"pruned_model_top_{rank}_prune_{percent}_acc_{table.loc[row, 'val_accuracy']:.4f}.h5"
-            stack.enter_context(whole_file(workdir / names[row])).write_bytes(mlp_bytes(models[percent]))
+            names[row] = f"pruned_model_top_{number}_prune_{percent}_acc_{table.loc[row, 'val_accuracy']:.4f}.h5"
+            content = add_to_h5(mlp_bytes(models[percent]), quantized.get(percent, []))
+            stack.enter_context(whole_file(workdir / names[row])).write_bytes(content)
     for old in earlier:
         if old.name not in names:
             old.unlink()
@@ -229,12 +325,36 @@ def plot_results(table: pd.DataFrame, before: dict[str, float], workdir: Path) -
     save_figure(figure, workdir / "dynamic_pruning_latency.png")
 
 
+def plot_price(quantized: pd.DataFrame, baseline: float, path: Path) -> None:
+    """Predicted encrypted cost against validation accuracy of the chosen quantized networks, one series a bit width."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 5.4))
+    for bits, group in quantized[quantized["chosen"]].groupby("bits"):
+        group = group.sort_values("predicted_complexity")
+        axis.plot(group["predicted_complexity"], 100 * group["val_accuracy"], marker="o", label=f"{bits} bits")
+    axis.axhline(100 * baseline, color="black", ls="--", label="float baseline")
+    axis.axhline(100 * (baseline - MAX_LOSS), color="black", ls=":", label=f"{100 * MAX_LOSS:g} point below")
+    axis.set(
+        xscale="log",
+        xlabel="predicted complexity of one encrypted beat",
+        ylabel="validation accuracy (%)",
+        title="Accuracy of the quantized networks against their predicted price",
+    )
+    axis.legend()
+    save_figure(figure, path)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Remove, fine-tune and measure at every rate, then keep the best."""
+    """Remove, fine-tune, quantize and measure at every rate, then keep the best."""
     parser = make_parser(__doc__)
     parser.add_argument("--rates", type=int, nargs="+", default=RATES, help="neurons removed, percent, rising")
     parser.add_argument(
         "--fine-tune-epochs", type=natural_int, default=FINE_TUNE_EPOCHS, help="after each rate; 0: one-shot"
+    )
+    parser.add_argument("--min-width", type=positive_int, default=MIN_WIDTH, help="narrower hidden layers go")
+    parser.add_argument(
+        "--quantization-epochs", type=natural_int, default=QUANTIZATION_EPOCHS, help="0: leave quantization to step 5"
     )
     args = parser.parse_args(argv)
     check_writable(args.workdir)
@@ -243,14 +363,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = load_arrays(args.data_dir)
     start_tensorflow(args.seed)
     start = load_mlp(args.workdir / "tf_pruned_model.h5", "python TF_pruning.py")
+    baseline = load_mlp(args.workdir / "MLP_model_0.h5", "python MLP_model_0.py")
     before = {part: accuracy(start, *data[part]) for part in ("val", "test")}
+    goal = accuracy(baseline, *data["val"])
+    targets = baseline(data["train"][0]).numpy()[:, 0]
     layers = dense_layers(start)
     full = [len(bias) for _, bias in layers[:-1]]
     rng = np.random.default_rng(args.seed)
 
+    history = [(full, layers)]  # widths by layer of step 2's network, 0 for one that is gone, and the network
     models, rows = {}, []
     for rate in args.rates:
-        layers = shrink(layers, [neurons - neurons * rate // 100 for neurons in full], data["train"][0])
+        widths = share_neurons(sum(n - n * rate // 100 for n in full), full, args.min_width)
+        has, layers = next((h, n) for h, n in reversed(history) if all(a >= b for a, b in zip(h, widths)))
+        layers = shrink(layers, [width for width, old in zip(widths, has) if old], data["train"][0])
         one_shot = accuracy(build(layers), *data["val"])
         if args.fine_tune_epochs:
             models[rate] = build(revive(layers, rng))
@@ -258,27 +384,53 @@ def main(argv: Sequence[str] | None = None) -> None:
             layers = dense_layers(models[rate])
         else:
             models[rate] = build(layers)
+        history.append((widths, layers))
         rows.append({"rate_percent": rate, "val_accuracy_before_tuning": one_shot, **measure(models[rate], data)})
+    found = {}
+    for row in reversed(rows if args.quantization_epochs else []):
+        rate = row["rate_percent"]
+        layers = dense_layers(models[rate])
+        title = f"{rate} % removed, quantized"
+        found[rate] = quantize(layers, data, targets, args.quantization_epochs, args.seed, title)
+        best = price(found[rate][found[rate]["chosen"]], goal - MAX_LOSS)
+        row |= {"quantized_bits": best["bits"], "kept_bits": best["kept_bits"], "pbs": best["pbs"]}
+        row |= {f"quantized_{part}_accuracy": best[f"{part}_accuracy"] for part in ("val", "test")}
+        row["predicted_complexity"] = best["predicted_complexity"]
+        if sum(other.get("quantized_val_accuracy", 0) >= goal - MAX_LOSS for other in rows) == KEEP:
+            break
+    quantized = {rate: list(one.loc[one["chosen"], "network"]) for rate, one in found.items()}
     table = pd.DataFrame(rows)
-    table["file"] = save_best(models, table, args.workdir)
+    table["file"] = save_best(models, quantized, table, rank(table, goal - MAX_LOSS), args.workdir)
     for name, expected in zip(table["file"], table["val_accuracy"]):
         if name and accuracy(load_mlp(args.workdir / name, ""), *data["val"]) != expected:
             raise AssertionError(f"{name} does not give the accuracy that was measured before it was saved")
     settings = {
         **machine_facts(),
         "start": f"tf_pruned_model.h5, validation {before['val']:.4f}, test {before['test']:.4f}",
+        "teacher": f"MLP_model_0.h5, validation {goal:.4f}",
+        "rank": f"by price among those at most {100 * MAX_LOSS:g} points below the teacher when quantized",
+        "predicted_complexity": "neurons times the cost of their kept bits, at p_error 2^-13",
         "fine_tune_epochs": args.fine_tune_epochs,
+        "quantization_epochs": args.quantization_epochs,
+        "min_width": args.min_width,
         "seed": args.seed,
-        "latency": f"median and interquartile range of {CYCLES} cycles",
+        "latency": f"median and interquartile range of {CYCLES} cycles, not encrypted",
         "rows": f"validation {len(data['val'][1])}, test {len(data['test'][1])}",
     }
     sheets = {"results": table, "settings": pd.DataFrame(settings.items(), columns=["setting", "value"])}
+    (args.workdir / "dynamic_pruning_cost.png").unlink(missing_ok=True)
+    if found:
+        parts = [one.drop(columns="network").assign(rate_percent=rate) for rate, one in sorted(found.items())]
+        sheets["quantized"] = pd.concat(parts)[["rate_percent", *parts[0].columns[:-1]]]
+        plot_price(sheets["quantized"], goal, args.workdir / "dynamic_pruning_cost.png")
     write_workbook(args.workdir / "dynamic_pruning_results.xlsx", sheets)
     plot_results(table, before, args.workdir)
-    shown = ["rate_percent", "hidden_layers", "parameters", "val_accuracy", "test_accuracy", "latency_row_ms"]
-    print(f"\n{table[shown].to_string(index=False, float_format='{:.4f}'.format)}\n")
-    print(f"wrote {sum(map(bool, table['file']))} networks pruned_model_top_*.h5, dynamic_pruning_results.xlsx,")
-    print(f"dynamic_pruning_accuracy.png and dynamic_pruning_latency.png to {args.workdir}")
+    shown = ["rate_percent", "hidden_layers", "val_accuracy", "test_accuracy", "quantized_bits", "kept_bits", "pbs"]
+    shown += ["quantized_val_accuracy", "predicted_complexity"]
+    printed = table[[name for name in shown if name in table]].assign(rank=table["file"].str.split("_").str[3])
+    print(f"\n{printed.to_string(index=False, formatters={'predicted_complexity': '{:.2e}'.format})}\n")
+    print(f"wrote {sum(map(bool, table['file']))} networks pruned_model_top_*.h5, dynamic_pruning_results.xlsx and")
+    print(f"dynamic_pruning_*.png to {args.workdir}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""Step 5: quantize the best networks to 2-7 bits and classify beats in clear and encrypted (TFHE, Concrete ML).
+"""Step 5: compile the best networks at 2-7 bits and classify beats in clear and encrypted (TFHE, Concrete ML).
 
 Every configuration (network, bits) is compiled first; then the plan with the predicted times is printed, and what is
-affordable runs encrypted on a seeded draw of test rows. The last sigmoid stays with the client: the encrypted graph
-ends in the logit, whose sign is the decision.
+affordable runs encrypted on a seeded draw of test rows. Where step 3 trained a network for a bit width, that one is
+taken (quantized/{name}_{bits}bits.onnx), else Concrete ML quantizes the float network. The last sigmoid stays with the
+client: the encrypted graph ends in the logit, whose sign is the decision. What each configuration saves is told against
+the plain way: n_bits only, ten rows of calibration, no rounding, sigmoid encrypted; of it only the price is computed.
 
-Reads   pruned_model_top_*.onnx in --workdir (python h5_onnx_converter.py makes them) and the arrays in --data-dir
-Writes  to --workdir: results_batch_{number}.xlsx after every configuration, fhe_accuracy_vs_seconds.png
+Reads   pruned_model_top_*.onnx and quantized/ in --workdir (python h5_onnx_converter.py makes them), the arrays in
+        --data-dir and, for the pictures, benchmark.xlsx in --workdir when it is there (make bench)
+Writes  to --workdir: results_batch_{number}.xlsx after every configuration, fhe_summary.xlsx, fhe_frontier.png
 Run     python fhe_experiments.py
-        python fhe_experiments.py --reference --top 1 --bits 2 3     (the plain way: n_bits only, sigmoid encrypted)
+        python fhe_experiments.py --reference --top 1 --bits 2 3     (the plain way, encrypted where it is affordable)
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,19 +44,25 @@ from preprocess_mitbih import (
     save_figure,
     write_workbook,
 )
+from quantized_mlp import BITS, QuantizedNetwork, from_onnx
 
 if TYPE_CHECKING:
     import onnx
     from concrete.ml.quantization import QuantizedModule
 
-BITS = (2, 3, 4, 5, 6, 7)  # of weights and activations, as published
-TOP = 3  # best networks of step 3
+TOP = 6  # best networks of step 3
 BATCH_SIZE = 50  # consecutive test rows a batch, as published
 SAMPLES = 10  # rows drawn from each batch, as published
 CALIBRATION_ROWS = 1000  # training rows that fix the quantization ranges
 CALIBRATION_NEURONS = 32  # of the layer that measures the machine; enough to keep its cores busy
+PLAIN_CALIBRATION_ROWS = 10  # of the plain way
+MAX_LOSS = (
+    0.01  # of accuracy below the best of the plain way that its cheapest bit width may have, for comparing prices
+)
 SIMULATED_ROWS = 500  # test rows for the simulated accuracy; simulation takes milliseconds a row
-ROUNDING_BITS = 6  # leading bits of each accumulator that the encrypted ReLU looks at; their number is the price
+ROUNDING_BITS = (
+    6  # leading accumulator bits that are kept where Concrete ML quantizes; step 3's networks have their own
+)
 P_ERROR = 2.0**-13  # chance that one bootstrap is off by one step; Concrete ML's default is 2^-40
 MEMORY_PER_KEY_BYTE = 2.2  # bytes; making and unpacking keys of 0.4 to 4.7 GB took up to 2.1 times their size
 MAX_SECONDS = 60.0  # seconds a sample above which a configuration is not run
@@ -71,9 +81,13 @@ CIRCUIT_ERRORS = (RuntimeError, ValueError, AssertionError, NotImplementedError,
 class Setting:
     """How a network is compiled; the plain way has no rounding and keeps the sigmoid."""
 
-    rounding_bits: int | None
+    rounding_bits: int | None  # of networks that Concrete ML quantizes
     p_error: float
     threshold: float  # output above which a beat is abnormal: 0 for a logit, 0.5 for a probability
+    trained: bool = True  # take step 3's quantized networks where there are any
+
+
+PLAIN = Setting(rounding_bits=None, p_error=2.0**-40, threshold=0.5, trained=False)
 
 
 @dataclass
@@ -118,6 +132,36 @@ def load_network(path: Path) -> onnx.ModelProto:
     return model
 
 
+def quantized_path(path: Path, bits: int) -> Path:
+    """Where step 4 puts the network that step 3 trained at `bits` from the float network in `path`."""
+    return path.parent / "quantized" / f"{path.stem}_{bits}bits.onnx"
+
+
+def load_quantized(path: Path) -> tuple[onnx.ModelProto, QuantizedNetwork]:
+    """A quantized network of step 4, as a graph and as integers. Raises InputError for anything else."""
+    import onnx
+
+    try:
+        model = onnx.load_model(path, load_external_data=False)
+        onnx.checker.check_model(model, full_check=True)
+        return model, from_onnx(model)
+    except Exception as error:  # the parsers of protobuf and ONNX raise a dozen unrelated types
+        reason = first_line(error)
+        raise InputError(
+            f"{path}: is no quantized network ({reason}); make it with: python h5_onnx_converter.py"
+        ) from None
+
+
+def calibration_rows(network: QuantizedNetwork, X: np.ndarray, rows: int) -> np.ndarray:
+    """`rows` or more of the training rows X (n, 32), among them those that drive an accumulator to its ends.
+
+    So the circuit has room for all that training data can cause, and Concrete ML finds the widths that step 3 found.
+    """
+    accumulators = network.run(X)[1]
+    ends = np.concatenate([np.concatenate([a.argmin(axis=0), a.argmax(axis=0)]) for a in accumulators])
+    return X[np.unique(np.concatenate([ends, np.arange(min(rows, len(X)))]))]
+
+
 def without_sigmoid(model: onnx.ModelProto) -> onnx.ModelProto:
     """Copy of a network that ends in the logit: one table look-up less to encrypt, the same decisions."""
     import onnx
@@ -129,15 +173,25 @@ def without_sigmoid(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def compile_network(model: onnx.ModelProto, bits: int, calibration: np.ndarray, setting: Setting) -> QuantizedModule:
-    """Quantize to `bits` and compile to TFHE; calibration: training rows (n, 32)."""
+def compile_network(
+    model: onnx.ModelProto, bits: int, calibration: np.ndarray, setting: Setting, kept_bits: int | None = None
+) -> QuantizedModule:
+    """Compile to TFHE; calibration: training rows (n, 32).
+
+    With `kept_bits` the graph is one of step 3's quantized networks, else it is quantized to `bits` here.
+    """
     from concrete.ml.torch.compile import compile_onnx_model
 
-    rounding = setting.rounding_bits and {"n_bits": setting.rounding_bits, "method": "APPROXIMATE"}
+    rounding_bits = kept_bits or setting.rounding_bits
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Concrete ML's own use of deprecated NumPy and ONNX calls
         return compile_onnx_model(
-            model, calibration, n_bits=bits, rounding_threshold_bits=rounding, p_error=setting.p_error
+            model,
+            calibration,
+            import_qat=kept_bits is not None,
+            n_bits=bits,
+            rounding_threshold_bits=rounding_bits and {"n_bits": rounding_bits, "method": "APPROXIMATE"},
+            p_error=setting.p_error,
         )
 
 
@@ -206,14 +260,22 @@ def prepare(
 
     simulated: indices of the test rows for the simulated accuracy.
     """
-    network = load_network(path)
+    trained = setting.trained and quantized_path(path, bits).exists()
     X, y = data["test"]
-    facts = {"rounding_bits": setting.rounding_bits, "p_error": setting.p_error}
+    facts: dict[str, Any] = {"way": "plain" if setting == PLAIN else "quantized after training"}
+    facts |= {"rounding_bits": setting.rounding_bits, "p_error": setting.p_error}
+    kept_bits = None
+    if trained:
+        model, network = load_quantized(quantized_path(path, bits))
+        kept_bits = network.kept_bits
+        calibration = calibration_rows(network, data["train"][0], len(calibration))
+        facts |= {"way": "quantized in training", "rounding_bits": kept_bits}
+    else:
+        model = load_network(path)
     started = time.perf_counter()
     try:
-        module = compile_network(
-            network if setting.rounding_bits is None else without_sigmoid(network), bits, calibration, setting
-        )
+        graph = model if setting.rounding_bits is None else without_sigmoid(model)
+        module = compile_network(graph, bits, calibration, setting, kept_bits)
     except CIRCUIT_ERRORS as error:
         return Configuration(path, bits, facts, None, "cannot compile", first_line(error))
     circuit = module.fhe_circuit
@@ -224,12 +286,41 @@ def prepare(
     facts["widest_integer_bits"] = circuit.graph.maximum_integer_bit_width()
     facts["evaluation_keys_MB"] = key_bytes(circuit) / 1e6
     facts["secret_keys_kB"] = circuit.size_of_secret_keys / 1e3
-    facts["accuracy_clear_test_set"] = float(np.mean((outputs(module, X, "disable") > setting.threshold) == y))
+    decisions = outputs(module, X, "disable") > setting.threshold
+    if trained and not np.array_equal(decisions, network.run(X)[0] > 0):
+        reason = "the imported graph does not decide as the network that was trained; rerun python h5_onnx_converter.py"
+        return Configuration(path, bits, facts, None, "failed", reason)
+    X_val, y_val = data["val"]
+    facts["accuracy_clear_validation"] = float(
+        np.mean((outputs(module, X_val, "disable") > setting.threshold) == y_val)
+    )
+    facts["accuracy_clear_test_set"] = float(np.mean(decisions == y))
     facts["test_set_rows"] = len(y)
-    decisions = outputs(module, X[simulated], "simulate") > setting.threshold
-    facts["accuracy_simulated"] = float(np.mean(decisions == y[simulated]))
-    facts["simulated_rows"] = len(simulated)
+    if len(simulated):
+        encrypted = outputs(module, X[simulated], "simulate") > setting.threshold
+        facts["accuracy_simulated"] = float(np.mean(encrypted == y[simulated]))
+        facts["accuracy_clear_same_rows"] = float(np.mean(decisions[simulated] == y[simulated]))
+        facts["simulated_rows"] = len(simulated)
     return Configuration(path, bits, facts, module)
+
+
+def plain_prices(path: Path, all_bits: Sequence[int], data: dict[str, Any], calibration: np.ndarray) -> pd.DataFrame:
+    """What the plain way costs for the float network in `path`, a row for each bit width; nothing is encrypted.
+
+    The row that prices are compared with is marked in column "compared": the cheapest one whose validation accuracy is
+    at most MAX_LOSS below the best of them.
+    """
+    rows = []
+    nothing = np.array([], dtype=int)
+    for bits in tqdm(all_bits, desc="plain way, for comparison", unit="circuit"):
+        c = prepare(path, bits, data, calibration[:PLAIN_CALIBRATION_ROWS], PLAIN, nothing)
+        rows.append({"model_name": path.stem, "q_bits": bits, **c.facts, "status": c.status, "reason": c.reason})
+    table = pd.DataFrame(rows)
+    table["compared"] = False
+    if "complexity" in table and table["complexity"].notna().any():
+        good = table[table["accuracy_clear_validation"] >= table["accuracy_clear_validation"].max() - MAX_LOSS]
+        table.loc[good["complexity"].idxmin(), "compared"] = True
+    return table
 
 
 def judge_affordable(c: Configuration, seconds_per_unit: float, limit: float) -> None:
@@ -370,38 +461,94 @@ def write_results(
     write_workbook(path, sheets)
 
 
-def plot_results(results: pd.DataFrame, path: Path) -> None:
-    """Accuracy in clear on the test set against encrypted seconds a sample, one series a network, points with bits.
+def pareto(cost: pd.Series, accuracy: pd.Series) -> pd.Series:
+    """True for each point that no cheaper or equally dear one equals or exceeds in accuracy."""
+    order = pd.DataFrame({"cost": cost, "accuracy": accuracy}).sort_values(
+        ["cost", "accuracy"], ascending=[True, False]
+    )
+    best_before = order["accuracy"].cummax().shift(fill_value=-np.inf)
+    return (order["accuracy"] > best_before).reindex(cost.index)
 
-    The accuracy axis is a logit scale, so that 98 % and 99 % lie as far apart as 50 % and 67 %.
+
+def summarize(results: pd.DataFrame, predictions: list[pd.DataFrame], plain: pd.DataFrame) -> pd.DataFrame:
+    """One row a configuration over all its batches, the cheapest first; on_front is judged by validation accuracy."""
+    keys = ["model_name", "q_bits"]
+    first = ["way", "rounding_bits", "p_error", "pbs", "complexity", "accuracy_clear_validation"]
+    first += ["accuracy_clear_test_set", "test_set_rows", "accuracy_simulated", "accuracy_clear_same_rows"]
+    first += ["simulated_rows", "widest_integer_bits", "evaluation_keys_MB", "keygen_time", "status", "reason"]
+    table = results.reindex(columns=[*keys, *first]).groupby(keys, sort=False).last().reset_index()
+    if predictions:
+        runs = pd.concat(predictions)
+        encrypted = [{**dict(zip(keys, name)), "n": len(r), **encrypted_columns(r)} for name, r in runs.groupby(keys)]
+        table = table.merge(pd.DataFrame(encrypted).drop(columns="fhe_time"), on=keys, how="left")
+    if plain["compared"].any():
+        dear = plain.loc[plain["compared"], "complexity"].iloc[0]
+        table.insert(table.columns.get_loc("complexity") + 1, "times_cheaper_than_plain", dear / table["complexity"])
+    compiled = table["complexity"].notna()
+    table["on_front"] = False
+    table.loc[compiled, "on_front"] = pareto(
+        table["complexity"][compiled], table["accuracy_clear_validation"][compiled]
+    )
+    return table.sort_values("complexity", ignore_index=True)
+
+
+def plot_frontier(summary: pd.DataFrame, others: pd.DataFrame, path: Path) -> None:
+    """Test accuracy against complexity and against seconds a beat: every configuration, the front, and the others.
+
+    others: columns name, kind, accuracy, complexity and seconds, missing where unknown. The accuracy axis is a logit
+    scale, so that 98 % and 99 % lie as far apart as 50 % and 67 %.
     """
     import matplotlib.pyplot as plt
 
-    done = results[results["status"] == "ok"]
-    figure, axis = plt.subplots(figsize=(9, 6))
-    for name, group in done.groupby("model_name", sort=False):
-        group = group.groupby("q_bits").median(numeric_only=True).reset_index()
-        nearly = 0.5 / group["test_set_rows"].max()  # none and all have no place on the scale
-        accuracy = group["accuracy_clear_test_set"].clip(nearly, 1 - nearly)
-        axis.plot(group["run_seconds"], accuracy, marker="o", label=name)
-        for x, y, bits in zip(group["run_seconds"], accuracy, group["q_bits"]):
-            axis.annotate(f"{bits}", (x, y), xytext=(5, 4), textcoords="offset points", fontsize=9)
-    axis.set_xscale("log")
-    axis.set_yscale("logit")
-    axis.set_yticks([0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99], minor=False)
-    axis.set(
-        ylim=(max(0.02, min(0.45, 0.9 * done["accuracy_clear_test_set"].min())), 0.995),
-        xlabel="encrypted inference, median seconds a sample",
-        ylabel="accuracy of the quantized network, whole test set",
-        title="Price of encrypted inference (labels: bits of weights and activations)",
-    )
-    axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-    axis.yaxis.set_minor_formatter("")
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter("{x:g}")
-    axis.tick_params(axis="x", which="both", labelsize=8)
-    axis.legend(loc="lower right")
+    figure, axes = plt.subplots(1, 2, figsize=(15, 6.5), sharey=True)
+    axes[0].set_ylabel("accuracy, whole test set, quantized")
+    for axis, cost, other_cost, label in (
+        (axes[0], "complexity", "complexity", "complexity of one encrypted beat"),
+        (axes[1], "run_seconds", "seconds", "seconds a beat, median"),
+    ):
+        table = summary[summary[cost].notna()] if cost in summary else summary[:0].assign(**{cost: []})
+        for bits, group in table.groupby("q_bits"):
+            axis.scatter(group[cost], clipped(group["accuracy_clear_test_set"]), s=28, label=f"{bits} bits", zorder=3)
+        front = table[table["on_front"]].sort_values(cost)
+        axis.plot(front[cost], clipped(front["accuracy_clear_test_set"]), color="black", lw=1, label="front")
+        for (kind, group), marker in zip(others[others[other_cost].notna()].groupby("kind"), "sDv^"):
+            points = axis.scatter(
+                group[other_cost], clipped(group["accuracy"]), marker=marker, s=40, label=kind, zorder=2
+            )
+            points.set_facecolor("lightgrey")
+            points.set_edgecolor("black")
+            for _, row in group.iterrows():
+                at = (row[other_cost], clipped(row["accuracy"]))
+                axis.annotate(row["name"], at, xytext=(5, -9), textcoords="offset points", fontsize=7)
+        axis.set(xscale="log", yscale="logit", xlabel=label)
+        axis.set_yticks([0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99], minor=False)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+        axis.yaxis.set_minor_formatter("")
+    axes[0].legend(loc="lower right", fontsize=8)
+    figure.suptitle("Price of encrypted inference (front: best validation accuracy at its price)")
     save_figure(figure, path)
+
+
+def clipped(accuracy: Any) -> Any:
+    """Accuracies that have a place on a logit scale."""
+    return np.clip(accuracy, 0.45, 0.995)
+
+
+def other_points(workdir: Path, plain: pd.DataFrame) -> pd.DataFrame:
+    """Points for the picture: the plain way's and those of benchmark.xlsx, if a benchmark was run in `workdir`."""
+    columns = ["name", "kind", "accuracy", "complexity", "seconds"]
+    plain = plain.reindex(columns=["q_bits", "accuracy_clear_test_set", "complexity"]).dropna()
+    names = [f"plain {bits} bits" for bits in plain["q_bits"]]
+    points = pd.DataFrame({"name": names, "kind": "plain way"})
+    points["accuracy"], points["complexity"] = plain[["accuracy_clear_test_set", "complexity"]].to_numpy().T
+    path = workdir / "benchmark.xlsx"
+    if path.exists():
+        try:
+            benchmark = pd.read_excel(path).reindex(columns=columns)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path}: cannot be read ({first_line(error)}); delete it or run make bench") from None
+        points = pd.concat([points, benchmark[benchmark["kind"] != "this pipeline"]])
+    return points.reindex(columns=columns).dropna(subset="accuracy")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -416,9 +563,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     option("--batches", type=positive_int, default=1, help="how many batches")
     option("--start-batch", type=natural_int, default=0, help="number of the first batch, from 0")
     option("--max-seconds", type=positive_float, default=MAX_SECONDS, help="most seconds a sample; dearer is not run")
-    option("--rounding-bits", type=int, choices=range(2, 9), default=ROUNDING_BITS, help="accumulator bits kept")
+    option("--post-training", action="store_true", help="leave step 3's quantized networks aside, quantize here")
+    option("--rounding-bits", type=int, choices=range(2, 9), default=ROUNDING_BITS, help="kept when quantizing here")
     option("--p-error", type=float, default=P_ERROR, help="chance that one bootstrap is off by one step")
-    option("--reference", action="store_true", help="no rounding, p_error 2^-40, sigmoid encrypted")
+    option("--reference", action="store_true", help="the plain way: no rounding, p_error 2^-40")
     args = parser.parse_args(argv)
     if not 2.0**-60 <= args.p_error < 1:
         parser.error("--p-error must lie between 2^-60 and 1")
@@ -440,12 +588,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"{args.workdir}: no pruned_model_top_*.onnx; make them with: python h5_onnx_converter.py")
     if len({path.stem for path in paths}) < len(paths):
         raise InputError("--models: two files have the same name; their rows could not be told apart")
+    setting = PLAIN if args.reference else Setting(args.rounding_bits, args.p_error, 0.0, not args.post_training)
     for path in paths:  # all are looked at before the first takes its minutes
         load_network(path)
-    if args.reference:
-        setting = Setting(rounding_bits=None, p_error=2.0**-40, threshold=0.5)
-    else:
-        setting = Setting(args.rounding_bits, args.p_error, threshold=0.0)
+        for bits in args.bits:
+            if setting.trained and quantized_path(path, bits).exists():
+                load_quantized(quantized_path(path, bits))
     rng = np.random.default_rng(args.seed)
     calibration = data["train"][0][rng.permutation(len(data["train"][0]))[:CALIBRATION_ROWS]]
     simulated = np.sort(rng.permutation(rows_in_test)[:SIMULATED_ROWS])
@@ -454,10 +602,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     print("measuring this machine ...", flush=True)
     seconds_per_unit, seconds_per_byte = calibrate_machine(setting, args.seed)
+    plain = plain_prices(paths[-1], args.bits, data, calibration)
+    others = other_points(args.workdir, plain)
     configurations = []
     for path, bits in (bar := tqdm([(p, b) for p in paths for b in args.bits], desc="compiling", unit="circuit")):
         bar.set_postfix_str(f"{path.stem} at {bits} bits")
-        c = prepare(path, bits, data, calibration, setting, simulated)
+        ten = setting == PLAIN
+        c = prepare(path, bits, data, calibration[: PLAIN_CALIBRATION_ROWS if ten else None], setting, simulated)
         if c.status == "ok":
             judge_affordable(c, seconds_per_unit, args.max_seconds)
         configurations.append(c)
@@ -465,17 +616,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     settings = {
         **machine_facts(),
-        "way": "plain reference: sigmoid encrypted" if args.reference else "logit encrypted, approximate rounding",
-        "rounding_bits": setting.rounding_bits or "none",
+        "rounding_bits": "leading bits of each accumulator that the encrypted ReLU looks at; their number is the price",
         "p_error": setting.p_error,
-        "p_error in words": f"one encrypted ReLU in {1 / setting.p_error:,.0f} may see its input off by one step",
+        "p_error in words": f"one encrypted ReLU in {1 / setting.p_error:,.0f} may see its input off by one step; "
+        "accuracy_simulated has this noise, accuracy_clear_same_rows is without it on the same rows",
         "security": "128 bits (Concrete's default); p_error does not change it",
-        "calibration": f"{len(calibration)} training rows",
+        "calibration": f"{len(calibration)} training rows and those that drive an accumulator to its ends",
+        "plain way": f"{paths[-1].stem}, n_bits only, {PLAIN_CALIBRATION_ROWS} training rows as calibration",
+        "times_cheaper_than_plain": "complexity of the plain way at its cheapest bit width within "
+        f"{100 * MAX_LOSS:g} point of its best validation accuracy, divided by this complexity",
+        "on_front": "no configuration of this run that costs as much or less has a better validation accuracy",
         **{f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items()},
         "times": "seconds; *_seconds: median of one sample, after one run that warms up; fhe_time: sum over num_items",
     }
     rows: list[dict[str, Any]] = []
     predictions: list[pd.DataFrame] = []
+    picture, summary_path = args.workdir / "fhe_frontier.png", args.workdir / "fhe_summary.xlsx"
+    for earlier in (picture, summary_path):
+        earlier.unlink(missing_ok=True)  # an earlier run's would belie this one
     with tqdm(total=sum(c.status == "ok" for c in configurations) * samples, desc="encrypted", unit="sample") as bar:
         for c in configurations:
             new_rows, new_predictions = run_configuration(c, drawn, data, setting, args.max_seconds, bar)
@@ -485,16 +643,28 @@ def main(argv: Sequence[str] | None = None) -> None:
                 tables = [table for table in predictions if table["batch"].iloc[0] == b]
                 mine = [row for row in rows if row["batch"] == b]
                 write_results(args.workdir / f"results_batch_{b}.xlsx", mine, tables, settings)
-    results = pd.DataFrame(rows)
-    picture = args.workdir / "fhe_accuracy_vs_seconds.png"
-    if predictions:
-        plot_results(results, picture)
-    else:
-        picture.unlink(missing_ok=True)  # an earlier run's would belie this one
-    columns = ["model_name", "q_bits", "status", "accuracy_clear_test_set", "accuracy_simulated"]
-    columns += [name for name in ("accuracy_fhe", "run_seconds") if name in results]
-    print(f"\n{results.reindex(columns=columns).to_string(index=False, float_format='{:.4g}'.format)}\n")
-    written = [f"results_batch_{b}.xlsx" for b in batches] + [picture.name] * bool(predictions)
+    summary = summarize(pd.DataFrame(rows), predictions, plain)
+    sheets = {
+        "summary": summary,
+        "plain way": plain,
+        "settings": pd.DataFrame(settings.items(), columns=["setting", "value"]),
+    }
+    write_workbook(summary_path, sheets)
+    written = [f"results_batch_{b}.xlsx" for b in batches] + [summary_path.name]
+    if summary["complexity"].notna().any():
+        plot_frontier(summary, others, picture)
+        written.append(picture.name)
+    columns = [
+        "model_name",
+        "q_bits",
+        "rounding_bits",
+        "complexity",
+        "times_cheaper_than_plain",
+        "accuracy_clear_test_set",
+    ]
+    columns += ["accuracy_simulated", "run_seconds", "accuracy_fhe", "on_front", "status"]
+    shown = summary[[name for name in columns if name in summary]]
+    print(f"\n{shown.to_string(index=False, float_format='{:.4g}'.format)}\n")
     print(f"wrote {', '.join(written)} to {args.workdir}")
 
 

@@ -1,0 +1,248 @@
+"""What this pipeline gives against what else a user could pick, measured in one run on the same arrays.
+
+Measured are the configurations on the front of fhe_summary.xlsx (python fhe_experiments.py makes it), the plain way
+(one-shot pruning, n_bits only), Concrete ML's own models and, where TenSEAL is installed, an MLP with square activation
+under CKKS. Accuracy is that of the quantized model on the whole test set; seconds are encrypted, one beat at a time.
+
+Reads   what steps 1 to 5 left in --workdir, and the arrays in --data-dir
+Writes  benchmark.xlsx to --workdir, and fhe_frontier.png again, now with these models
+Run     make bench
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import fhe_experiments as step5  # noqa: E402
+import h5_onnx_converter as step4  # noqa: E402
+import preprocess_mitbih as pre  # noqa: E402
+from dynamic_pruning_eval import build, dense_layers, shrink  # noqa: E402
+
+SAMPLES = 10  # encrypted beats of each model
+BUDGET_SECONDS = 20.0  # predicted for a beat, above which a model is not run encrypted
+PLAIN_RATE = 25  # percent of the neurons that the plain way removes: least harm without fine-tuning
+PLAIN_BITS = (2, 3, 4, 5, 6, 7)
+CKKS_EPOCHS = 60
+
+Row = dict[str, Any]
+
+
+def timed(run: Callable[[np.ndarray], float], rows: np.ndarray, labels: np.ndarray, threshold: float) -> Row:
+    """Median and interquartile range of seconds of `run` on each row after one that warms up, and right decisions."""
+    run(rows[0])
+    seconds, right = [], 0
+    for row, label in zip(rows, labels):
+        started = time.perf_counter()
+        output = run(row)
+        seconds.append(time.perf_counter() - started)
+        right += int((output > threshold) == label)
+    lower, median, upper = np.percentile(seconds, [25, 50, 75])
+    return {"seconds": median, "seconds_iqr": upper - lower, "n": len(rows), "right": right}
+
+
+def run_circuit(circuit: Any, quantize: Callable, decide: Callable, cost: Row, data: Row, threshold: float) -> Row:
+    """Price of a circuit, and its times where it fits the budget; `decide` maps decrypted integers to one number."""
+    row = {"complexity": circuit.complexity, "pbs": circuit.programmable_bootstrap_count}
+    predicted = circuit.complexity * cost["seconds_per_unit"]
+    memory = step5.key_bytes(circuit) * step5.MEMORY_PER_KEY_BYTE
+    if predicted > BUDGET_SECONDS or memory > cost["memory"]:
+        return {**row, "note": f"not run: {predicted:.0f} s a beat predicted, keys need {memory / 1e9:.1f} GB"}
+    started = time.perf_counter()
+    circuit.keygen(force=True)
+    row["keygen_time"] = time.perf_counter() - started
+    return row | timed(
+        lambda x: decide(circuit.encrypt_run_decrypt(quantize(x[None].astype(np.float64)))), *data["drawn"], threshold
+    )
+
+
+def pipeline(workdir: Path, data: Row, cost: Row, seed: int) -> Iterator[Row]:
+    """The front of the last run of step 5, compiled and run anew, simulated on the whole test set."""
+    summary = pd.read_excel(workdir / "fhe_summary.xlsx")
+    setting = step5.Setting(step5.ROUNDING_BITS, step5.P_ERROR, 0.0)
+    rng = np.random.default_rng(seed)
+    calibration = data["train"][0][rng.permutation(len(data["train"][0]))[: step5.CALIBRATION_ROWS]]
+    everything = np.arange(len(data["test"][1]))
+    for _, chosen in summary[summary["on_front"]].iterrows():
+        path, bits = workdir / f"{chosen['model_name']}.onnx", int(chosen["q_bits"])
+        c = step5.prepare(path, bits, data, calibration, setting, everything)
+        row = {"name": f"{chosen['model_name'].split('_acc')[0].removeprefix('pruned_model_')}, {bits} bits"}
+        row |= {"kind": "this pipeline", "accuracy": c.facts["accuracy_clear_test_set"]}
+        row |= {"accuracy_validation": c.facts["accuracy_clear_validation"]}
+        row |= {"accuracy_simulated": c.facts["accuracy_simulated"]}
+        module = c.module
+        yield row | run_circuit(
+            module.fhe_circuit,
+            module.quantize_input,
+            lambda q, m=module: m.dequantize_output(q).ravel()[0],
+            cost,
+            data,
+            0.0,
+        )
+
+
+def plain_way(workdir: Path, data: Row, cost: Row, seed: int) -> Iterator[Row]:
+    """One-shot removal of neurons from the baseline, n_bits only, ten rows of calibration, sigmoid encrypted."""
+    pre.start_tensorflow(seed)
+    layers = dense_layers(pre.load_mlp(workdir / "MLP_model_0.h5", "python MLP_model_0.py"))
+    widths = [len(bias) - len(bias) * PLAIN_RATE // 100 for _, bias in layers[:-1]]
+    graph = step4.convert(build(shrink(layers, widths, data["train"][0])))
+    calibration = data["train"][0][: step5.PLAIN_CALIBRATION_ROWS]
+    for bits in PLAIN_BITS:
+        row = {"name": f"plain {bits} bits", "kind": "plain way"}
+        try:
+            module = step5.compile_network(graph, bits, calibration, step5.PLAIN)
+        except step5.CIRCUIT_ERRORS as error:
+            yield row | {"note": f"does not compile: {pre.first_line(error)}"}
+            continue
+        for part, key in (("test", "accuracy"), ("val", "accuracy_validation")):
+            X, y = data[part]
+            row[key] = float(np.mean((step5.outputs(module, X, "disable") > 0.5) == y))
+        yield row | run_circuit(
+            module.fhe_circuit,
+            module.quantize_input,
+            lambda q, m=module: m.dequantize_output(q).ravel()[0],
+            cost,
+            data,
+            0.5,
+        )
+
+
+def concrete_ml_models(data: Row, cost: Row, seed: int) -> Iterator[Row]:
+    """The library's own models, trained on the training part, at its settings or those that did best elsewhere."""
+    from concrete.ml.sklearn import DecisionTreeClassifier, LogisticRegression, NeuralNetClassifier, XGBClassifier
+    from torch import manual_seed
+
+    def neural(layers: int, bits: int) -> Any:
+        manual_seed(seed)
+        return NeuralNetClassifier(
+            module__n_layers=layers + 1,
+            module__n_w_bits=bits,
+            module__n_a_bits=bits,
+            module__n_hidden_neurons_multiplier=2,
+            max_epochs=30,
+            batch_size=64,
+            lr=1e-3,
+            verbose=0,
+        )
+
+    models = {
+        "logistic regression, 8 bits": lambda: LogisticRegression(n_bits=8),
+        "neural net, 2 hidden, w2 a2": lambda: neural(2, 2),
+        "neural net, 2 hidden, w3 a3": lambda: neural(2, 3),
+        "neural net, 3 hidden, w3 a3": lambda: neural(3, 3),
+        "decision tree, 6 bits, depth 8": lambda: DecisionTreeClassifier(n_bits=6, max_depth=8, random_state=seed),
+        "XGBoost, 4 bits, 20 trees, depth 3": lambda: XGBClassifier(
+            n_bits=4, n_estimators=20, max_depth=3, random_state=seed
+        ),
+        "XGBoost, 6 bits, 50 trees, depth 4": lambda: XGBClassifier(
+            n_bits=6, n_estimators=50, max_depth=4, random_state=seed
+        ),
+    }
+    (X, y), (X_test, y_test) = data["train"], data["test"]
+    for name, make in models.items():
+        model = make()
+        model.fit(X, y)
+        model.compile(X[: step5.CALIBRATION_ROWS])
+        row = {"name": name, "kind": "Concrete ML's models"}
+        row["accuracy"] = float(np.mean(model.predict(X_test) == y_test))
+        row["accuracy_validation"] = float(np.mean(model.predict(data["val"][0]) == data["val"][1]))
+
+        def decide(q: np.ndarray, model: Any = model) -> float:
+            score = np.asarray(model.post_processing(model.dequantize_output(q))).ravel()
+            return float(score[-1])
+
+        yield row | run_circuit(model.fhe_circuit, model.quantize_input, decide, cost, data, 0.5)
+
+
+def ckks(data: Row, seed: int) -> Iterator[Row]:
+    """32-64-1 with square activations under CKKS, ring 8192, one beat at a time; nothing where TenSEAL is missing."""
+    try:
+        import tenseal
+    except ImportError:
+        return
+    import tensorflow as tf
+
+    tf_keras = pre.start_tensorflow(seed)
+    model = tf_keras.Sequential(
+        [
+            tf_keras.layers.Input((len(pre.FEATURES),)),
+            tf_keras.layers.Dense(64, tf.square),
+            tf_keras.layers.Dense(1, "sigmoid"),
+        ]
+    )
+    model.compile(tf_keras.optimizers.Adam(1e-3), "binary_crossentropy")
+    best = tf_keras.callbacks.EarlyStopping("val_loss", patience=CKKS_EPOCHS, restore_best_weights=True)
+    model.fit(
+        *data["train"], batch_size=64, epochs=CKKS_EPOCHS, verbose=0, validation_data=data["val"], callbacks=[best]
+    )
+    (w0, b0), (w1, b1) = (layer.get_weights() for layer in model.layers)
+    context = tenseal.context(tenseal.SCHEME_TYPE.CKKS, 8192, coeff_mod_bit_sizes=[40, 30, 30, 30, 40])
+    context.global_scale = 2**30
+    context.generate_galois_keys()
+
+    def run(x: np.ndarray) -> float:
+        hidden = tenseal.ckks_vector(context, x.tolist()).mm(w0.tolist()).add(b0.tolist())
+        return hidden.square().mm(w1.tolist()).add(b1.tolist()).decrypt()[0]
+
+    row = {"name": "TenSEAL CKKS, square 32-64-1", "kind": "CKKS", "accuracy": pre.accuracy(model, *data["test"])}
+    row["accuracy_validation"] = pre.accuracy(model, *data["val"])
+    yield row | timed(run, *data["drawn"], 0.0)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure everything, one after the other, and print one table."""
+    args = pre.make_parser(__doc__).parse_args(argv)
+    pre.check_writable(args.workdir)
+    if not (args.workdir / "fhe_summary.xlsx").exists():
+        raise pre.InputError(f"{args.workdir}: no fhe_summary.xlsx; make it with: python fhe_experiments.py")
+    import psutil
+
+    data: Row = pre.load_arrays(args.data_dir)
+    X, y = data["test"]
+    drawn = np.sort(np.random.default_rng(args.seed).choice(len(y), SAMPLES, replace=False))
+    data["drawn"] = (X[drawn], y[drawn])
+    print("measuring this machine ...", flush=True)
+    setting = step5.Setting(step5.ROUNDING_BITS, step5.P_ERROR, 0.0)
+    cost = {"seconds_per_unit": step5.calibrate_machine(setting, args.seed)[0]}
+    cost["memory"] = psutil.virtual_memory().available
+    rows = []
+    with warnings.catch_warnings(), tqdm(desc="models", unit="model") as bar:
+        warnings.simplefilter("ignore")  # scikit-learn's and skorch's own deprecations
+        for source in (
+            pipeline(args.workdir, data, cost, args.seed),
+            plain_way(args.workdir, data, cost, args.seed),
+            concrete_ml_models(data, cost, args.seed),
+            ckks(data, args.seed),
+        ):
+            for row in source:
+                rows.append(row)
+                bar.set_postfix_str(row["name"])
+                bar.update()
+    columns = (
+        "name kind accuracy accuracy_validation accuracy_simulated pbs complexity keygen_time seconds seconds_iqr n "
+    )
+    table = pd.DataFrame(rows).reindex(columns=[*columns.split(), "right", "note"])
+    settings = {**pre.machine_facts(), "seconds": "median of n beats, one at a time: encryption, run and decryption"}
+    settings["accuracy"] = f"quantized, in clear, {len(y)} test rows; accuracy_simulated: with the noise of p_error"
+    sheets = {"benchmark": table, "settings": pd.DataFrame(settings.items(), columns=["setting", "value"])}
+    pre.write_workbook(args.workdir / "benchmark.xlsx", sheets)
+    print(f"\n{table.drop(columns='kind').to_string(index=False, float_format='{:.4g}'.format, na_rep='')}\n")
+    summary, plain = (pd.read_excel(args.workdir / "fhe_summary.xlsx", sheet_name=n) for n in ("summary", "plain way"))
+    step5.plot_frontier(summary, step5.other_points(args.workdir, plain), args.workdir / "fhe_frontier.png")
+    print(f"wrote benchmark.xlsx and fhe_frontier.png to {args.workdir}")
+
+
+if __name__ == "__main__":
+    pre.run(main)
