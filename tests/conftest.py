@@ -84,7 +84,7 @@ def workdir(arrays: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     common = ["--data-dir", str(arrays), "--workdir", str(folder)]
     MLP_model_0.main([*common, "--epochs", "8"])
     TF_pruning.main([*common, "--epochs", "4"])
-    dynamic_pruning_eval.main([*common, "--fine-tune-epochs", "1"])
+    dynamic_pruning_eval.main([*common, "--fine-tune-epochs", "1", "--quantization-epochs", "1"])
     h5_onnx_converter.main(common)
     return folder
 

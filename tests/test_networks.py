@@ -19,6 +19,7 @@ import dynamic_pruning_eval as step3
 import h5_onnx_converter as step4
 import MLP_model_0 as step1
 import preprocess_mitbih as pre
+import quantized_mlp as q
 import TF_pruning as step2
 
 
@@ -193,12 +194,12 @@ def test_step3_files_hold_what_the_workbook_says(workdir, arrays, keras):
     data = pre.load_arrays(arrays)
     table = pd.read_excel(workdir / "dynamic_pruning_results.xlsx", sheet_name="results")
     assert list(table["rate_percent"]) == list(range(25, 91, 5))
+    quantized = pd.read_excel(workdir / "dynamic_pruning_results.xlsx", sheet_name="quantized")
     kept = table.dropna(subset="file")
     assert len(kept) == 10
     sheet = openpyxl.load_workbook(workdir / "dynamic_pruning_results.xlsx")["results"]
     formats = {sheet.cell(1, c).value: sheet.cell(2, c).number_format for c in range(1, sheet.max_column + 1)}
     assert {f for name, f in formats.items() if "accuracy" in name} == {"0.0000"}
-    assert kept["val_accuracy"].min() >= table[table["file"].isna()]["val_accuracy"].max()
     files = pre.by_rank(workdir, ".h5")
     assert {p.name for p in files} == set(kept["file"])
     for rank, path in enumerate(files, 1):
@@ -206,27 +207,40 @@ def test_step3_files_hold_what_the_workbook_says(workdir, arrays, keras):
         model = pre.load_mlp(path, "")
         widths = [layer.units for layer in model.layers[:-1]]
         assert path.name == f"pruned_model_top_{rank}_prune_{row['rate_percent']}_acc_{row['val_accuracy']:.4f}.h5"
-        assert widths == [n - n * row["rate_percent"] // 100 for n in (64, 64, 32, 16)]
+        total = sum(n - n * row["rate_percent"] // 100 for n in (64, 64, 32, 16))
+        assert widths == [n for n in step3.share_neurons(total, (64, 64, 32, 16), step3.MIN_WIDTH) if n]
         assert row["hidden_neurons"] == sum(widths)
         assert row["parameters"] == model.count_params()
         assert pre.accuracy(model, *data["val"]) == pytest.approx(row["val_accuracy"], abs=1e-12)
         assert pre.accuracy(model, *data["test"]) == pytest.approx(row["test_accuracy"], abs=1e-12)
         assert 0 < row["latency_row_ms"] < row["latency_set_ms"] * 50
-    accuracies = [kept[kept["file"] == p.name]["val_accuracy"].iloc[0] for p in files]
-    assert accuracies == sorted(accuracies, reverse=True)
-    for name in ("accuracy", "latency"):
+        chosen = {n.bits: n for n in q.read_h5(path, "")}
+        said = quantized[(quantized["rate_percent"] == row["rate_percent"]) & quantized["chosen"]].set_index("bits")
+        assert list(chosen) == list(said.index) == list(q.BITS)
+        for bits, network in chosen.items():
+            assert network.accuracy(*data["val"]) == pytest.approx(said.loc[bits, "val_accuracy"], abs=1e-12)
+            assert network.accuracy(*data["test"]) == pytest.approx(said.loc[bits, "test_accuracy"], abs=1e-12)
+            assert network.kept_bits == said.loc[bits, "kept_bits"]
+            assert network.pbs() == said.loc[bits, "pbs"] == sum(widths)
+        assert row["quantized_val_accuracy"] == said.loc[row["quantized_bits"], "val_accuracy"]
+        assert row["predicted_complexity"] == said.loc[row["quantized_bits"], "predicted_complexity"]
+    for name in ("accuracy", "cost", "latency"):
         assert (workdir / f"dynamic_pruning_{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_one_shot_pruning_only_removes_and_an_earlier_run_does_not_linger(workdir, arrays, tmp_path, keras):
-    shutil.copy(workdir / "tf_pruned_model.h5", tmp_path)
-    for suffix in (".h5", ".onnx"):
-        (tmp_path / f"pruned_model_top_1_prune_25_acc_0.1234{suffix}").write_bytes(b"an earlier run's")
+    for name in ("MLP_model_0.h5", "tf_pruned_model.h5"):
+        shutil.copy(workdir / name, tmp_path)
+    (tmp_path / "quantized").mkdir()
+    stale = "pruned_model_top_1_prune_25_acc_0.1234"
+    for name in (f"{stale}.h5", f"{stale}.onnx", f"quantized/{stale}_2bits.onnx"):
+        (tmp_path / name).write_bytes(b"an earlier run's")
     common = ["--data-dir", str(arrays), "--workdir", str(tmp_path), "--fine-tune-epochs", "0"]
-    step3.main([*common, "--rates", "25", "50"])
+    step3.main([*common, "--quantization-epochs", "0", "--min-width", "1", "--rates", "25", "50"])
     files = pre.by_rank(tmp_path, ".h5")
     assert len(files) == 2
     assert not pre.by_rank(tmp_path, ".onnx")
+    assert not list((tmp_path / "quantized").iterdir())
     assert (tmp_path / "pruned_model_top_1_prune_25_acc_0.1234.h5") not in files
     full = {
         w for kernel, _ in step3.dense_layers(pre.load_mlp(workdir / "tf_pruned_model.h5", "")) for w in kernel.ravel()
@@ -244,9 +258,10 @@ def test_same_seed_same_pruned_networks(workdir, arrays, tmp_path, keras):
         shutil.copy(workdir / "MLP_model_0.h5", folder)
         common = ["--data-dir", str(arrays), "--workdir", str(folder)]
         step2.main([*common, "--epochs", "1"])
-        step3.main([*common, "--rates", "50", "80", "--fine-tune-epochs", "1"])
+        step3.main([*common, "--rates", "50", "80", "--fine-tune-epochs", "1", "--quantization-epochs", "1"])
         files = [folder / "tf_pruned_model.h5", *pre.by_rank(folder, ".h5")]
         weights.append([w for path in files for w in pre.load_mlp(path, "").get_weights()])
+        weights[-1] += [layer.weights for path in files for n in q.read_h5(path, "") for layer in n.layers]
         names = [path.name for path in files]
     assert [path.name for path in files] == names
     for first, second in zip(*weights, strict=True):
@@ -279,7 +294,7 @@ def test_a_conversion_that_differs_is_an_error_and_leaves_no_file(workdir, array
     convert = step4.convert
     monkeypatch.setattr(step4, "convert", wrong)
     source = pre.by_rank(workdir, ".h5")[0]
-    with pytest.raises(SystemExit, match="differs from Keras"):
+    with pytest.raises(SystemExit, match="ONNX Runtime differs"):
         step4.main(["--data-dir", str(arrays), "--workdir", str(tmp_path), "--models", str(source)])
     assert not list(tmp_path.iterdir())
 
@@ -391,7 +406,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(workdir, arrays, tmp_
         return write_bytes(path, content)
 
     monkeypatch.setattr(pre.Path, "write_bytes", no_room)
-    options = ["--epochs", "1"] if step is step1 else ["--fine-tune-epochs", "0"]
+    options = ["--epochs", "1"] if step is step1 else ["--fine-tune-epochs", "0", "--quantization-epochs", "0"]
     assert "No space left" in refusal(step.main, ["--data-dir", arrays, "--workdir", tmp_path, *options], capsys)
     monkeypatch.undo()
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

@@ -14,7 +14,8 @@ from conftest import ROOT
 
 import preprocess_mitbih as pre
 
-SCRIPTS = sorted(p.name for p in ROOT.glob("*.py"))
+MODULES = sorted(p.name for p in ROOT.glob("*.py"))
+SCRIPTS = [name for name in MODULES if name != "quantized_mlp.py"]  # which no one runs
 MITDB = Path(os.environ.get("MITDB_DIR", ROOT / "data" / "mitdb"))
 
 
@@ -74,7 +75,7 @@ def test_tensorflow_starts_silently_but_its_warnings_stay(tmp_path):
 
 
 def test_make_reruns_the_edited_stage_and_what_follows(tmp_path):
-    for name in ("Makefile", "requirements.txt", *SCRIPTS):
+    for name in ("Makefile", "requirements.txt", *MODULES):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dataset.json").write_text("{}")
