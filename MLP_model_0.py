@@ -14,23 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from preprocess_mitbih import (
-    FEATURES,
-    balanced_weights,
-    check_writable,
-    epoch_progress,
-    load_arrays,
-    load_description,
-    load_mlp,
-    make_parser,
-    positive_float,
-    positive_int,
-    run,
-    save_figure,
-    save_mlp,
-    start_tensorflow,
-    write_json,
-)
+from fhe_mlp.common import check_writable, make_parser, positive_float, positive_int, run, save_figure, write_json
+from fhe_mlp.networks import balanced_weights, epoch_progress, load_mlp, save_mlp, start_tensorflow
+from preprocess_mitbih import FEATURES, load_arrays, load_description
 
 if TYPE_CHECKING:
     import tf_keras

@@ -12,6 +12,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
 	$$p -c '$(CHECK)' 2>/dev/null && echo $$p && break; done)
 RUN := .venv/bin/python
 ARRAYS := $(wildcard data/*.npy) data/dataset.json
+SHARED := preprocess_mitbih.py fhe_mlp/common.py fhe_mlp/networks.py
 
 all: .fhe.stamp
 
@@ -22,17 +23,18 @@ all: .fhe.stamp
 	$(RUN) -m pip install --disable-pip-version-check --requirement requirements.txt
 	@touch $@
 
-MLP_model_0.h5: MLP_model_0.py preprocess_mitbih.py $(ARRAYS) | .venv/.ready
+MLP_model_0.h5: MLP_model_0.py $(SHARED) $(ARRAYS) | .venv/.ready
 	$(RUN) MLP_model_0.py
 
 tf_pruned_model.h5: TF_pruning.py MLP_model_0.h5 | .venv/.ready
 	$(RUN) TF_pruning.py
 
-dynamic_pruning_results.xlsx: dynamic_pruning_eval.py quantized_mlp.py tf_pruned_model.h5 | .venv/.ready
+dynamic_pruning_results.xlsx: dynamic_pruning_eval.py fhe_mlp/neuron_removal.py fhe_mlp/quantized.py \
+		fhe_mlp/quantized_training.py tf_pruned_model.h5 | .venv/.ready
 	$(RUN) dynamic_pruning_eval.py
 
 # The files of steps 4 and 5 have names that follow the results, and step 5's must survive an interrupt: stamps.
-# They import quantized_mlp.py too, and step 3, which depends on it, comes before them.
+# They need fhe_mlp/quantized.py too, and step 3, which depends on it, comes before them.
 .onnx.stamp: h5_onnx_converter.py dynamic_pruning_results.xlsx | .venv/.ready
 	$(RUN) h5_onnx_converter.py
 	@touch $@

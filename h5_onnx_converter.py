@@ -10,27 +10,16 @@ Run     python h5_onnx_converter.py
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from preprocess_mitbih import (
-    FEATURES,
-    InputError,
-    by_rank,
-    check_writable,
-    load_arrays,
-    load_mlp,
-    make_parser,
-    quiet_tensorflow,
-    run,
-    start_tensorflow,
-    whole_file,
-)
-from quantized_mlp import QuantizedNetwork, read_h5, to_onnx
+from fhe_mlp.common import InputError, check_writable, make_parser, run, whole_file
+from fhe_mlp.networks import by_rank, load_mlp, quiet_tensorflow, start_tensorflow
+from fhe_mlp.quantized import QuantizedNetwork, read_h5, to_onnx
+from preprocess_mitbih import FEATURES, load_arrays
 
 if TYPE_CHECKING:
     import onnx
@@ -90,7 +79,7 @@ def write_checked(
 
 def unrounded(network: QuantizedNetwork, X: np.ndarray) -> np.ndarray:
     """Probabilities (n, 1) for rows X (n, 32) with all accumulator bits: rounding is left to the encrypted circuit."""
-    logits = replace(network, kept_bits=max(layer.accumulator_bits for layer in network.layers)).run(X)[0]
+    logits = network.run(X, rounding=False)[0]
     return (1 / (1 + np.exp(-logits)))[:, None].astype(np.float32)
 
 

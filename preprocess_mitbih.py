@@ -7,40 +7,40 @@ Run     python preprocess_mitbih.py
         python preprocess_mitbih.py --abnormal S V F --exclude-paced --per-class all   (the published arrays)
         python preprocess_mitbih.py --abnormal S V F --split inter-patient             (unseen patients)
 
-The second half of this file is what all the scripts share: checked loading, whole-file writing, errors.
+The other scripts get their arrays through load_arrays.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import io
 import json
 import os
-import platform
 import re
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 
-matplotlib.use("Agg")  # pictures go to files; no window, no display needed
+from fhe_mlp.common import (
+    ROOT,
+    InputError,
+    check_writable,
+    first_line,
+    make_parser,
+    positive_int,
+    run,
+    sha256,
+    whole_file,
+)
 
-if TYPE_CHECKING:
-    import tf_keras
-
-HERE = Path(__file__).resolve().parent
-SEED = 42
 SPLITS = ("train", "val", "test")
 DATABASE = "mitdb/1.0.0"  # PhysioNet name and version, for the download
 DOWNLOAD_ATTEMPTS = 3  # tries a file before giving up; finished files are kept
@@ -95,17 +95,6 @@ FEATURES = [
     for name, unit, formula in (*first, *_LEAD)
 ]
 # INFO lines (" I ", "I0000"), the messages of CUDA libraries on a machine without a GPU, and the frame around them.
-START_UP_NOISE = re.compile(
-    r"^I\d{4} | I tensorflow|Unable to register cu|computation placer already|cuInit|"
-    r"All log messages before absl|^To enable the following instructions"
-)
-MOST_NEURONS = 4096  # a layer; more in a file are a damaged number
-NUMBER_FORMATS = {  # of workbook columns, by a part of their name
-    "accuracy|^output_[cf]": "0.0000",
-    "^perc_": "0.0",
-    "complexity|^p_": "0.00E+00",
-    "_time$|seconds|_ms$|_MB$|_kB$": "0.000",
-}
 LICENCE = "Open Data Commons Attribution License v1.0"
 SOURCE = "MIT-BIH Arrhythmia Database 1.0.0, PhysioNet, doi:10.13026/C2F305"
 
@@ -303,11 +292,6 @@ def apply_scaler(X: np.ndarray, scaler: dict[str, Any]) -> np.ndarray:
 
 
 # -------------------------------------------------------------------------------------------------- getting the records
-def sha256(path: Path) -> str:
-    """SHA-256 of a file as a hexadecimal string."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def download(name: str, folder: Path, expected: str | None) -> None:
     """Fetch one file of DATABASE into `folder` through wfdb; it appears there only whole and with the right SHA-256.
 
@@ -376,100 +360,9 @@ def read_all(paths: list[str], workers: int) -> list[dict[str, Any]]:
 
 
 # -------------------------------------------------------------------------------------------- shared by all the scripts
-class InputError(Exception):
-    """What the user gave cannot be used; the message names the file, what is wrong and what to do."""
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says in one line; its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def run(main: Callable[[], None]) -> None:
-    """Call `main` as a command: bad input, a full disk or a read-only folder is one line and exit status 2."""
-    try:
-        main()
-    except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"{Path(sys.argv[0]).name}: {where}{error.strerror or first_line(error)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\n{Path(sys.argv[0]).name}: interrupted; finished files are whole, run it again", file=sys.stderr)
-        sys.exit(130)
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keep the docstring's lines and show every default."""
-
-
-def make_parser(doc: str) -> argparse.ArgumentParser:
-    """Parser with the options every script has; `doc` is the script's docstring."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
-    parser.add_argument("--data-dir", type=Path, default=HERE / "data", help="folder of the arrays")
-    parser.add_argument("--workdir", type=Path, default=Path(), help="folder of models and results")
-    parser.add_argument("--seed", type=natural_int, default=SEED, help="of every random draw; same seed, same results")
-    return parser
-
-
 def per_class(text: str) -> int | None:
     """argparse type: a positive number of beats, or None for 'all'."""
     return None if text == "all" else positive_int(text)
-
-
-def natural_int(text: str) -> int:
-    """argparse type: a whole number from 0 to 2^32 - 1, what NumPy and TensorFlow take as a seed."""
-    if not (text.isdecimal() and int(text) < 2**32):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to 4294967295")
-    return int(text)
-
-
-def positive_float(text: str) -> float:
-    """argparse type: a finite number above zero."""
-    try:
-        if 0 < float(text) < float("inf"):
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
-
-
-def positive_int(text: str) -> int:
-    """argparse type: a whole number above zero."""
-    if not (text.isdecimal() and 0 < int(text) < 2**31):
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
-    return int(text)
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; it becomes `path` when all is written, and goes when that fails."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        reason = error.strerror or first_line(error)
-        raise InputError(f"{path}: cannot be written ({reason}); free space or name another folder") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def check_writable(folder: Path) -> None:
-    """Make `folder` and try it, before hours of work. Raises InputError when nothing can be written there."""
-    with whole_file(folder / "writable.txt") as temporary:
-        temporary.write_text("")
-    (folder / "writable.txt").unlink()
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` as indented JSON, whole."""
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def load_arrays(data_dir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -516,6 +409,13 @@ def load_arrays(data_dir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {s: (arrays[s, "X"].astype(np.float32), arrays[s, "y"].astype(np.int64)) for s in SPLITS}
 
 
+def load_scaler(data_dir: Path) -> dict[str, Any]:
+    """The scaler that load_arrays' features have gone through: dataset.json's or, without it, one fitted as there."""
+    if (data_dir / "dataset.json").exists():
+        return load_description(data_dir)["scaler"]
+    return fit_scaler(np.load(data_dir / "Arryth_MITBIH_train_X.npy", allow_pickle=False))
+
+
 def load_description(data_dir: Path) -> dict[str, Any]:
     """dataset.json as written by this script. Raises InputError when it is damaged."""
     path = data_dir / "dataset.json"
@@ -527,173 +427,6 @@ def load_description(data_dir: Path) -> dict[str, Any]:
         return description
     except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{path}: damaged; make it with: python preprocess_mitbih.py --data-dir {data_dir}") from None
-
-
-@contextlib.contextmanager
-def quiet_tensorflow() -> Iterator[None]:
-    """Drop TensorFlow's start-up messages; what else its C++ side writes to stderr is shown when the block ends."""
-    keep = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)  # C++ writes past Python's sys.stderr
-        try:
-            yield
-        finally:
-            os.dup2(keep, 2)
-            os.close(keep)
-            held.seek(0)
-            lines = held.read().decode(errors="replace").splitlines(keepends=True)
-            sys.stderr.writelines(line for line in lines if not START_UP_NOISE.search(line))
-
-
-def start_tensorflow(seed: int) -> Any:
-    """Import tf_keras, seeded and deterministic, without TensorFlow's start-up messages; its later warnings stay."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # no INFO from C++
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # networks this small are faster, and repeatable, on the CPU
-    print("starting TensorFlow ...", flush=True)
-    with quiet_tensorflow():
-        import tensorflow as tf
-        import tf_keras
-
-        tf.config.list_physical_devices()
-    warnings.filterwarnings("ignore", message="You are saving your model as an HDF5 file")  # .h5 is what we want
-    tf_keras.utils.set_random_seed(seed)
-    tf.config.experimental.enable_op_determinism()
-    return tf_keras
-
-
-def load_mlp(path: Path, made_by: str) -> tf_keras.Sequential:
-    """The network in an .h5 file, rebuilt here from its layer sizes and weights, so that no code in it can run.
-
-    Raises InputError unless it is a sequence of Dense (ReLU, at the end one sigmoid) and Dropout layers on 32 features,
-    all weights finite; `made_by` is the command that makes the file.
-    """
-    import h5py
-    import tf_keras
-
-    remedy = f"make it with: {made_by}"
-    if not path.exists():
-        raise InputError(f"{path}: not found; {remedy}")
-    try:
-        with h5py.File(path) as file:
-            layers = json.loads(file.attrs["model_config"])["config"]["layers"]
-        model = tf_keras.Sequential([tf_keras.layers.Input((len(FEATURES),))])
-        for layer in layers:
-            config = layer["config"]
-            if layer["class_name"] == "Dense":
-                activation, units = config["activation"], int(config["units"])
-                if activation != ("sigmoid" if layer is layers[-1] else "relu") or not 0 < units <= MOST_NEURONS:
-                    raise ValueError(f"{units} neurons with activation {activation} in {config['name']}")
-                model.add(tf_keras.layers.Dense(units, activation, name=config["name"]))
-            elif layer["class_name"] == "Dropout":
-                model.add(tf_keras.layers.Dropout(float(config["rate"]), name=config["name"]))
-            elif layer["class_name"] != "InputLayer":
-                raise ValueError(f"layer {layer['class_name']}")
-        model.load_weights(path)
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise InputError(f"{path}: is no whole network of this pipeline ({first_line(error)}); {remedy}") from None
-    if model.output_shape != (None, 1):
-        raise InputError(f"{path}: does not end in one sigmoid output; {remedy}")
-    if not all(np.isfinite(w).all() for w in model.get_weights()):
-        raise InputError(f"{path}: holds NaN or infinite weights; {remedy}")
-    return model
-
-
-def epoch_progress(title: str, epochs: int) -> Any:
-    """Keras callback that shows a bar over the epochs with the last validation figures."""
-    import tf_keras
-    from tqdm import tqdm
-
-    bar = tqdm(total=epochs, desc=title, unit="epoch")
-
-    def update(_: int, logs: dict[str, float]) -> None:
-        bar.set_postfix({k: f"{v:.4f}" for k, v in logs.items() if k.startswith("val_")}, refresh=False)
-        bar.update()
-
-    return tf_keras.callbacks.LambdaCallback(on_epoch_end=update, on_train_end=lambda _: bar.close())
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Add a grid to every axis and write the figure as a PNG, whole."""
-    import matplotlib.pyplot as plt
-
-    for axis in figure.axes:
-        axis.grid(True, alpha=0.3)
-    figure.tight_layout()
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-    plt.close(figure)
-
-
-def accuracy(model: Callable, X: np.ndarray, y: np.ndarray) -> float:
-    """Share of the rows of X (n, 32) that are put on the right side of 0.5."""
-    return float(np.mean((model(X).numpy()[:, 0] > 0.5) == y))
-
-
-def balanced_weights(y: np.ndarray) -> np.ndarray:
-    """Weight of each row (n,) that gives both labels the same say; 1 for balanced data, mean 1 for any."""
-    return (len(y) / (2 * np.bincount(y, minlength=2)))[y]
-
-
-def mlp_bytes(model: tf_keras.Sequential) -> bytes:
-    """The network as the content of an .h5 file without the optimizer's state, made in memory.
-
-    The HDF5 library breaks down on a full disk; ordinary writing only fails. Raises InputError for NaN weights.
-    """
-    import h5py
-
-    if not all(np.isfinite(w).all() for w in model.get_weights()):
-        raise InputError("training ended in NaN or infinite weights, nothing was written; lower --learning-rate")
-    buffer = io.BytesIO()
-    model.compile(loss="binary_crossentropy")
-    with h5py.File(buffer, "w") as file:
-        model.save(file, save_format="h5", include_optimizer=False)
-    return buffer.getvalue()
-
-
-def save_mlp(model: tf_keras.Sequential, path: Path) -> None:
-    """Write a network as .h5, whole."""
-    with whole_file(path) as temporary:
-        temporary.write_bytes(mlp_bytes(model))
-
-
-def by_rank(workdir: Path, suffix: str) -> list[Path]:
-    """Step 3's networks pruned_model_top_{rank}_... in `workdir`, as .h5 or .onnx files, the best first."""
-    ranked = [(path.name.split("_")[3], path) for path in workdir.glob(f"pruned_model_top_*{suffix}") if path.is_file()]
-    return [path for _, path in sorted((int(rank), path) for rank, path in ranked if rank.isdecimal())]
-
-
-def machine_facts() -> dict[str, Any]:
-    """Processor, cores and versions, for the settings sheets."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    packages = ("tensorflow", "concrete-ml", "concrete-python", "onnx", "numpy")
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-    }
-
-
-def write_workbook(path: Path, sheets: dict[str, pd.DataFrame]) -> None:
-    """Write tables to an .xlsx file, whole: frozen bold header, fitted widths, number formats by kind of column."""
-    with whole_file(path) as temporary, pd.ExcelWriter(temporary, engine="openpyxl") as writer:
-        for title, table in sheets.items():
-            table.to_excel(writer, sheet_name=title, index=False)
-            sheet = writer.sheets[title]
-            sheet.freeze_panes = "B2"
-            sheet.auto_filter.ref = sheet.dimensions
-            for column in sheet.columns:
-                name = str(column[0].value)
-                number_format = next(
-                    (f for pattern, f in NUMBER_FORMATS.items() if re.search(pattern, name)), "General"
-                )
-                for cell in column[1:]:
-                    cell.number_format = number_format
-                longest = max(len(f"{v:.4g}" if isinstance(v, float) else str(v)) for v in (c.value for c in column))
-                sheet.column_dimensions[column[0].column_letter].width = min(60, max(longest, len(name) + 2) + 2)
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -732,7 +465,7 @@ def write_dataset(
 def main(argv: Sequence[str] | None = None) -> None:
     """Build the data set."""
     parser = make_parser(__doc__)
-    parser.add_argument("--records-dir", type=Path, default=HERE / "data" / "mitdb", help="folder of the WFDB records")
+    parser.add_argument("--records-dir", type=Path, default=ROOT / "data" / "mitdb", help="folder of the WFDB records")
     parser.add_argument("--no-download", action="store_true", help="refuse when records are missing")
     parser.add_argument(
         "--abnormal", nargs="+", choices=list("SVFQ"), default=list("SVFQ"), help="AAMI classes labelled 1"

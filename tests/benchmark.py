@@ -28,12 +28,13 @@ sys.path.insert(0, str(ROOT))
 import fhe_experiments as step5  # noqa: E402
 import h5_onnx_converter as step4  # noqa: E402
 import preprocess_mitbih as pre  # noqa: E402
-from dynamic_pruning_eval import build, dense_layers, shrink  # noqa: E402
+from fhe_mlp import circuit, common, experiment, networks, results  # noqa: E402
+from fhe_mlp.networks import build, dense_layers  # noqa: E402
+from fhe_mlp.neuron_removal import shrink  # noqa: E402
 
 SAMPLES = 10  # encrypted beats of each model
 BUDGET_SECONDS = 20.0  # predicted for a beat, above which a model is not run encrypted
 PLAIN_RATE = 25  # percent of the neurons that the plain way removes: least harm without fine-tuning
-PLAIN_BITS = (2, 3, 4, 5, 6, 7)
 CKKS_EPOCHS = 60
 
 Row = dict[str, Any]
@@ -52,36 +53,37 @@ def timed(run: Callable[[np.ndarray], float], rows: np.ndarray, labels: np.ndarr
     return {"seconds": median, "seconds_iqr": upper - lower, "n": len(rows), "right": right}
 
 
-def run_circuit(circuit: Any, quantize: Callable, decide: Callable, cost: Row, data: Row, threshold: float) -> Row:
+def run_circuit(compiled: Any, quantize: Callable, decide: Callable, cost: Row, data: Row, threshold: float) -> Row:
     """Price of a circuit, and its times where it fits the budget; `decide` maps decrypted integers to one number."""
-    row = {"complexity": circuit.complexity, "pbs": circuit.programmable_bootstrap_count}
-    predicted = circuit.complexity * cost["seconds_per_unit"]
-    memory = step5.key_bytes(circuit) * step5.MEMORY_PER_KEY_BYTE
+    row = {"complexity": compiled.complexity, "pbs": compiled.programmable_bootstrap_count}
+    predicted = compiled.complexity * cost["seconds_per_unit"]
+    memory = circuit.key_bytes(compiled) * experiment.MEMORY_PER_KEY_BYTE
     if predicted > BUDGET_SECONDS or memory > cost["memory"]:
         return {**row, "note": f"not run: {predicted:.0f} s a beat predicted, keys need {memory / 1e9:.1f} GB"}
     started = time.perf_counter()
-    circuit.keygen(force=True)
+    compiled.keygen(force=True)
     row["keygen_time"] = time.perf_counter() - started
     return row | timed(
-        lambda x: decide(circuit.encrypt_run_decrypt(quantize(x[None].astype(np.float64)))), *data["drawn"], threshold
+        lambda x: decide(compiled.encrypt_run_decrypt(quantize(x[None].astype(np.float64)))), *data["drawn"], threshold
     )
 
 
 def pipeline(workdir: Path, data: Row, cost: Row, seed: int) -> Iterator[Row]:
     """The front of the last run of step 5, compiled and run anew, simulated on the whole test set."""
-    summary = pd.read_excel(workdir / "fhe_summary.xlsx")
-    setting = step5.Setting(step5.ROUNDING_BITS, step5.P_ERROR, 0.0)
+    summary = pd.read_excel(workdir / "fhe_summary.xlsx").drop_duplicates(["model_name", "q_bits"])
+    setting = circuit.Setting(step5.ROUNDING_BITS, step5.P_ERROR, 0.0)
     rng = np.random.default_rng(seed)
     calibration = data["train"][0][rng.permutation(len(data["train"][0]))[: step5.CALIBRATION_ROWS]]
     everything = np.arange(len(data["test"][1]))
     for _, chosen in summary[summary["on_front"]].iterrows():
         path, bits = workdir / f"{chosen['model_name']}.onnx", int(chosen["q_bits"])
-        c = step5.prepare(path, bits, data, calibration, setting, everything)
+        job = experiment.make_job(path, bits, setting, data, calibration, {})
+        module = experiment.compile_job(job)
+        found = experiment.accuracies(module, job, data, everything)
         row = {"name": f"{chosen['model_name'].split('_acc')[0].removeprefix('pruned_model_')}, {bits} bits"}
-        row |= {"kind": "this pipeline", "accuracy": c.facts["accuracy_clear_test_set"]}
-        row |= {"accuracy_validation": c.facts["accuracy_clear_validation"]}
-        row |= {"accuracy_simulated": c.facts["accuracy_simulated"]}
-        module = c.module
+        row |= {"kind": "this pipeline", "accuracy": found["accuracy_clear_test_set"]}
+        row |= {"accuracy_validation": found["accuracy_clear_validation"]}
+        row |= {"accuracy_simulated": found["accuracy_simulated"]}
         yield row | run_circuit(
             module.fhe_circuit,
             module.quantize_input,
@@ -94,21 +96,21 @@ def pipeline(workdir: Path, data: Row, cost: Row, seed: int) -> Iterator[Row]:
 
 def plain_way(workdir: Path, data: Row, cost: Row, seed: int) -> Iterator[Row]:
     """One-shot removal of neurons from the baseline, n_bits only, ten rows of calibration, sigmoid encrypted."""
-    pre.start_tensorflow(seed)
-    layers = dense_layers(pre.load_mlp(workdir / "MLP_model_0.h5", "python MLP_model_0.py"))
+    networks.start_tensorflow(seed)
+    layers = dense_layers(networks.load_mlp(workdir / "MLP_model_0.h5", "python MLP_model_0.py"))
     widths = [len(bias) - len(bias) * PLAIN_RATE // 100 for _, bias in layers[:-1]]
     graph = step4.convert(build(shrink(layers, widths, data["train"][0])))
     calibration = data["train"][0][: step5.PLAIN_CALIBRATION_ROWS]
-    for bits in PLAIN_BITS:
+    for bits in step5.PLAIN_BITS:
         row = {"name": f"plain {bits} bits", "kind": "plain way"}
         try:
-            module = step5.compile_network(graph, bits, calibration, step5.PLAIN)
-        except step5.CIRCUIT_ERRORS as error:
-            yield row | {"note": f"does not compile: {pre.first_line(error)}"}
+            module = circuit.compile_network(graph, bits, calibration, circuit.PLAIN)
+        except circuit.CIRCUIT_ERRORS as error:
+            yield row | {"note": f"does not compile: {common.first_line(error)}"}
             continue
         for part, key in (("test", "accuracy"), ("val", "accuracy_validation")):
             X, y = data[part]
-            row[key] = float(np.mean((step5.outputs(module, X, "disable") > 0.5) == y))
+            row[key] = float(np.mean((circuit.outputs(module, X, "disable") > 0.5) == y))
         yield row | run_circuit(
             module.fhe_circuit,
             module.quantize_input,
@@ -174,7 +176,7 @@ def ckks(data: Row, seed: int) -> Iterator[Row]:
         return
     import tensorflow as tf
 
-    tf_keras = pre.start_tensorflow(seed)
+    tf_keras = networks.start_tensorflow(seed)
     model = tf_keras.Sequential(
         [
             tf_keras.layers.Input((len(pre.FEATURES),)),
@@ -196,17 +198,17 @@ def ckks(data: Row, seed: int) -> Iterator[Row]:
         hidden = tenseal.ckks_vector(context, x.tolist()).mm(w0.tolist()).add(b0.tolist())
         return hidden.square().mm(w1.tolist()).add(b1.tolist()).decrypt()[0]
 
-    row = {"name": "TenSEAL CKKS, square 32-64-1", "kind": "CKKS", "accuracy": pre.accuracy(model, *data["test"])}
-    row["accuracy_validation"] = pre.accuracy(model, *data["val"])
+    row = {"name": "TenSEAL CKKS, square 32-64-1", "kind": "CKKS", "accuracy": networks.accuracy(model, *data["test"])}
+    row["accuracy_validation"] = networks.accuracy(model, *data["val"])
     yield row | timed(run, *data["drawn"], 0.0)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure everything, one after the other, and print one table."""
-    args = pre.make_parser(__doc__).parse_args(argv)
-    pre.check_writable(args.workdir)
+    args = common.make_parser(__doc__).parse_args(argv)
+    common.check_writable(args.workdir)
     if not (args.workdir / "fhe_summary.xlsx").exists():
-        raise pre.InputError(f"{args.workdir}: no fhe_summary.xlsx; make it with: python fhe_experiments.py")
+        raise common.InputError(f"{args.workdir}: no fhe_summary.xlsx; make it with: python fhe_experiments.py")
     import psutil
 
     data: Row = pre.load_arrays(args.data_dir)
@@ -214,8 +216,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     drawn = np.sort(np.random.default_rng(args.seed).choice(len(y), SAMPLES, replace=False))
     data["drawn"] = (X[drawn], y[drawn])
     print("measuring this machine ...", flush=True)
-    setting = step5.Setting(step5.ROUNDING_BITS, step5.P_ERROR, 0.0)
-    cost = {"seconds_per_unit": step5.calibrate_machine(setting, args.seed)[0]}
+    setting = circuit.Setting(step5.ROUNDING_BITS, step5.P_ERROR, 0.0)
+    cost = {"seconds_per_unit": circuit.calibrate_machine(setting, args.seed).unit}
     cost["memory"] = psutil.virtual_memory().available
     rows = []
     with warnings.catch_warnings(), tqdm(desc="models", unit="model") as bar:
@@ -234,15 +236,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         "name kind accuracy accuracy_validation accuracy_simulated pbs complexity keygen_time seconds seconds_iqr n "
     )
     table = pd.DataFrame(rows).reindex(columns=[*columns.split(), "right", "note"])
-    settings = {**pre.machine_facts(), "seconds": "median of n beats, one at a time: encryption, run and decryption"}
+    settings = {**common.machine_facts(), "seconds": "median of n beats, one at a time: encryption, run and decryption"}
     settings["accuracy"] = f"quantized, in clear, {len(y)} test rows; accuracy_simulated: with the noise of p_error"
     sheets = {"benchmark": table, "settings": pd.DataFrame(settings.items(), columns=["setting", "value"])}
-    pre.write_workbook(args.workdir / "benchmark.xlsx", sheets)
+    common.write_workbook(args.workdir / "benchmark.xlsx", sheets)
     print(f"\n{table.drop(columns='kind').to_string(index=False, float_format='{:.4g}'.format, na_rep='')}\n")
     summary, plain = (pd.read_excel(args.workdir / "fhe_summary.xlsx", sheet_name=n) for n in ("summary", "plain way"))
-    step5.plot_frontier(summary, step5.other_points(args.workdir, plain), args.workdir / "fhe_frontier.png")
+    results.plot_frontier(
+        summary, results.other_points(plain, results.read_benchmark(args.workdir)), args.workdir / "fhe_frontier.png"
+    )
     print(f"wrote benchmark.xlsx and fhe_frontier.png to {args.workdir}")
 
 
 if __name__ == "__main__":
-    pre.run(main)
+    common.run(main)

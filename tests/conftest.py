@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 BEAT_COUNT = 60
+PLAIN_BITS = (2,)  # of the plain way, in the tests of step 5
 ABNORMAL = ("V", "A", "F")  # abnormal symbols that the records hold besides N
 
 
@@ -91,7 +95,7 @@ def workdir(arrays: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def refusal(main, argv: list[str], capsys: pytest.CaptureFixture) -> str:
     """The one line on stderr with which a command refuses; fails unless it exits with 2 and without a traceback."""
-    from preprocess_mitbih import run
+    from fhe_mlp.common import run
 
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
@@ -103,3 +107,38 @@ def refusal(main, argv: list[str], capsys: pytest.CaptureFixture) -> str:
     assert not any("Traceback" in line for line in lines)
     assert len(lines) == 1 or lines[0].startswith("usage:"), lines  # argparse shows the usage before its line
     return lines[-1]
+
+
+def small_network(path, widths=(32, 3, 2, 1), last="Sigmoid", edit=lambda weights: weights, seed=0):
+    """Write a small ONNX MLP as step 4 does."""
+    rng = np.random.default_rng(seed)
+    nodes, weights, name = [], {}, "x"
+    for k, (a, b) in enumerate(itertools.pairwise(widths)):
+        weights |= {f"w{k}": rng.normal(size=(a, b)), f"b{k}": rng.normal(size=b) / 4}
+        nodes += [
+            helper.make_node("MatMul", [name, f"w{k}"], [f"m{k}"]),
+            helper.make_node("Add", [f"m{k}", f"b{k}"], [f"a{k}"]),
+        ]
+        name = f"r{k}" if k + 2 < len(widths) else "y"
+        nodes.append(helper.make_node("Relu" if name != "y" else last, [f"a{k}"], [name]))
+    graph = helper.make_graph(
+        nodes,
+        "small",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, widths[0]])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, widths[-1]])],
+        [numpy_helper.from_array(w.astype(np.float32), n) for n, w in edit(weights).items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8), path)
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_settings():
+    """The plain way's prices at PLAIN_BITS only: wide circuits take half a minute to compile. Fewer simulated rows."""
+    import fhe_experiments
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fhe_experiments, "PLAIN_BITS", PLAIN_BITS)
+        patch.setattr(fhe_experiments, "SIMULATED_ROWS", 60)
+        patch.setattr(fhe_experiments, "ROUNDING_BITS", 4)
+        yield

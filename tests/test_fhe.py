@@ -2,48 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
-import onnx
 import openpyxl
 import pandas as pd
 import pytest
-from conftest import refusal
-from onnx import TensorProto, helper, numpy_helper
+from conftest import refusal, small_network
 
 import fhe_experiments as step5
 import preprocess_mitbih as pre
-
-
-def network(path, widths=(32, 3, 2, 1), last="Sigmoid", edit=lambda weights: weights, seed=0):
-    """Write a small ONNX MLP as step 4 does."""
-    rng = np.random.default_rng(seed)
-    nodes, weights, name = [], {}, "x"
-    for k, (a, b) in enumerate(itertools.pairwise(widths)):
-        weights |= {f"w{k}": rng.normal(size=(a, b)), f"b{k}": rng.normal(size=b) / 4}
-        nodes += [
-            helper.make_node("MatMul", [name, f"w{k}"], [f"m{k}"]),
-            helper.make_node("Add", [f"m{k}", f"b{k}"], [f"a{k}"]),
-        ]
-        name = f"r{k}" if k + 2 < len(widths) else "y"
-        nodes.append(helper.make_node("Relu" if name != "y" else last, [f"a{k}"], [name]))
-    graph = helper.make_graph(
-        nodes,
-        "small",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, widths[0]])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, widths[-1]])],
-        [numpy_helper.from_array(w.astype(np.float32), n) for n, w in edit(weights).items()],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8), path)
-    return path
+from fhe_mlp import circuit, experiment
+from fhe_mlp.results import PUBLISHED_COLUMNS
 
 
 @pytest.fixture(scope="module")
 def results(arrays, tmp_path_factory):
     """The command on one small network, two bit widths, two batches; p_error so small that nothing may differ."""
     folder = tmp_path_factory.mktemp("fhe")
-    model = network(folder / "small.onnx")
+    model = small_network(folder / "small.onnx")
     options = ["--bits", "2", "5", "--batches", "2", "--start-batch", "3", "--samples", "3", "--p-error", str(2.0**-40)]
     step5.main(["--data-dir", str(arrays), "--workdir", str(folder), "--models", str(model), *options])
     return folder
@@ -54,7 +29,7 @@ def test_encrypted_decisions_equal_the_quantized_clear_ones(results, arrays):
     for batch in (3, 4):
         sheets = pd.read_excel(results / f"results_batch_{batch}.xlsx", sheet_name=None)
         rows, predictions = sheets["results"], sheets["predictions"]
-        assert list(rows.columns[:15]) == step5.PUBLISHED_COLUMNS
+        assert list(rows.columns[:15]) == PUBLISHED_COLUMNS
         assert list(rows["q_bits"]) == [2, 5]
         assert (rows["status"] == "ok").all()
         assert (rows["pbs"] == 5).all()
@@ -88,19 +63,19 @@ def test_encrypted_decisions_equal_the_quantized_clear_ones(results, arrays):
 
 def test_clear_accuracy_is_that_of_the_quantized_network_on_the_whole_test_set(results, arrays):
     data = pre.load_arrays(arrays)
-    model = step5.without_sigmoid(step5.load_network(results / "small.onnx"))
+    model = circuit.without_sigmoid(circuit.load_network(results / "small.onnx"))
     calibration = data["train"][0][np.random.default_rng(42).permutation(3000)[: step5.CALIBRATION_ROWS]]
-    module = step5.compile_network(model, 5, calibration, step5.Setting(6, 2.0**-40, 0.0))
-    accuracy = np.mean((step5.outputs(module, data["test"][0], "disable") > 0) == data["test"][1])
+    module = circuit.compile_network(model, 5, calibration, circuit.Setting(6, 2.0**-40, 0.0))
+    accuracy = np.mean((circuit.outputs(module, data["test"][0], "disable") > 0) == data["test"][1])
     rows = pd.read_excel(results / "results_batch_3.xlsx")
     assert rows.loc[1, "accuracy_clear_test_set"] == pytest.approx(accuracy, abs=1e-9)
     assert rows.loc[1, "test_set_rows"] == len(data["test"][1])
 
 
 def test_what_is_too_dear_or_cannot_compile_is_a_row(arrays, tmp_path, monkeypatch):
-    model = network(tmp_path / "small.onnx")
+    model = small_network(tmp_path / "small.onnx")
     common = ["--data-dir", str(arrays), "--workdir", str(tmp_path), "--models", str(model), "--samples", "1"]
-    compile_network = step5.compile_network
+    compile_network = experiment.compile_network
 
     def fails_at_three(network, bits, *rest):
         if bits == 3:
@@ -109,7 +84,7 @@ def test_what_is_too_dear_or_cannot_compile_is_a_row(arrays, tmp_path, monkeypat
             raise AssertionError
         return compile_network(network, bits, *rest)
 
-    monkeypatch.setattr(step5, "compile_network", fails_at_three)
+    monkeypatch.setattr(experiment, "compile_network", fails_at_three)
     step5.main([*common, "--bits", "2", "3", "5", "--max-seconds", "0.0001"])
     rows = pd.read_excel(tmp_path / "results_batch_0.xlsx").set_index("q_bits")
     assert list(rows["status"]) == ["too slow", "cannot compile", "cannot compile"]
@@ -127,27 +102,27 @@ def test_keys_that_memory_cannot_hold_are_not_made(monkeypatch):
         available = 10e9
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory)
-    for megabytes, status in ((4000, "ok"), (5000, "too large")):
-        c = step5.Configuration(None, 3, {"complexity": 1e9, "evaluation_keys_MB": megabytes})
-        step5.judge_affordable(c, 1e-10, 60.0)
-        assert c.status == status
-    assert c.reason == "needs about 11.0 GB of memory, 10.0 GB are free"
+    for megabytes, status in ((8800, "ok"), (11000, "too large")):
+        facts = {"status": "ok", "predicted_memory_MB": megabytes}
+        experiment.judge_memory(facts)
+        assert facts["status"] == status
+    assert facts["reason"] == "needs about 11.0 GB of memory, 10.0 GB are free"
 
 
 def test_what_breaks_while_running_is_a_row_and_what_was_finished_stays(arrays, tmp_path, monkeypatch):
-    model = network(tmp_path / "small.onnx", widths=(32, 2, 1))
+    model = small_network(tmp_path / "small.onnx", widths=(32, 2, 1))
     common = ["--data-dir", str(arrays), "--workdir", str(tmp_path), "--models", str(model), "--samples", "2"]
-    run_encrypted, calls = step5.run_encrypted, []
+    run_encrypted, calls = experiment.run_encrypted, []
 
     def breaks_at_the_second_network(module, row):
         calls.append(row)
-        if len(calls) == 4 + 4 + 2:  # the machine's calibration, the first configuration, a sample of the second
+        if len(calls) == 3 + 2:  # the first configuration and its warm-up, a sample of the second
             raise MemoryError
-        if len(calls) == 4 + 4 + 3:
+        if len(calls) == 3 + 3:
             raise KeyboardInterrupt
         return run_encrypted(module, row)
 
-    monkeypatch.setattr(step5, "run_encrypted", breaks_at_the_second_network)
+    monkeypatch.setattr(experiment, "run_encrypted", breaks_at_the_second_network)
     with pytest.raises(KeyboardInterrupt):
         step5.main([*common, "--bits", "2", "3", "4", "--batches", "1"])
     rows = pd.read_excel(tmp_path / "results_batch_0.xlsx").set_index("q_bits")
@@ -158,7 +133,7 @@ def test_what_breaks_while_running_is_a_row_and_what_was_finished_stays(arrays, 
 
 
 def test_the_reference_keeps_the_sigmoid_and_does_not_round(arrays, tmp_path):
-    model = network(tmp_path / "small.onnx", widths=(32, 2, 1))
+    model = small_network(tmp_path / "small.onnx", widths=(32, 2, 1))
     common = [
         "--data-dir",
         str(arrays),
@@ -184,25 +159,25 @@ def test_the_reference_keeps_the_sigmoid_and_does_not_round(arrays, tmp_path):
 def test_logit_decides_as_the_probability_does(tmp_path):
     import onnxruntime
 
-    model = step5.load_network(network(tmp_path / "small.onnx"))
+    model = circuit.load_network(small_network(tmp_path / "small.onnx"))
     X = np.random.default_rng(0).normal(size=(200, 32)).astype(np.float32)
 
     def outputs(graph):
         return onnxruntime.InferenceSession(graph.SerializeToString()).run(None, {"x": X})[0]
 
-    logit, probability = outputs(step5.without_sigmoid(model)), outputs(model)
+    logit, probability = outputs(circuit.without_sigmoid(model)), outputs(model)
     np.testing.assert_allclose(1 / (1 + np.exp(-logit)), probability, atol=1e-6)
     assert model.graph.node[-1].op_type == "Sigmoid"  # the original is left whole
 
 
 def test_rows_are_drawn_from_their_batch_whatever_else_is_run():
-    first = step5.drawn_rows(7, 50, 10, 1000, 42)
+    first = experiment.drawn_rows(7, 50, 10, 1000, 42)
     assert len(set(first)) == 10
     assert first.min() >= 350
     assert first.max() < 400
-    np.testing.assert_array_equal(first, step5.drawn_rows(7, 50, 10, 1000, 42))
-    assert list(first) != list(step5.drawn_rows(7, 50, 10, 1000, 43))
-    assert len(step5.drawn_rows(2, 50, 10, 105, 42)) == 5
+    np.testing.assert_array_equal(first, experiment.drawn_rows(7, 50, 10, 1000, 42))
+    assert list(first) != list(experiment.drawn_rows(7, 50, 10, 1000, 43))
+    assert len(experiment.drawn_rows(2, 50, 10, 105, 42)) == 5
 
 
 def test_wilson_interval_and_medians():
@@ -211,7 +186,7 @@ def test_wilson_interval_and_medians():
     for name in ("encrypt_seconds", "run_seconds", "decrypt_seconds"):
         runs[name] = [1.0, 2, 3, 10]
     runs["input_bytes"] = runs["output_bytes"] = 5000
-    row = step5.encrypted_columns(runs)
+    row = experiment.encrypted_columns(runs)
     assert row["accuracy_fhe"] == 0.75
     assert row["accuracy_fhe_low95"] == pytest.approx(0.3006, abs=1e-4)
     assert row["accuracy_fhe_high95"] == pytest.approx(0.9544, abs=1e-4)
@@ -228,16 +203,16 @@ def test_bad_input_is_refused_before_anything_is_written(arrays, tmp_path, capsy
         return refusal(step5.main, [*common, *options], capsys)
 
     assert "h5_onnx_converter.py" in refused()
-    good = network(tmp_path / "good.onnx")
+    good = small_network(tmp_path / "good.onnx")
     assert "not found" in refused("--models", good, tmp_path / "none.onnx")
     whole = good.read_bytes()
     for name, content in (("cut", whole[: len(whole) // 2]), ("text", b"hello"), ("empty", b"")):
         (tmp_path / f"{name}.onnx").write_bytes(content)
         assert f"{name}.onnx" in refused("--models", good, tmp_path / f"{name}.onnx")
-    assert "features" in refused("--models", network(tmp_path / "narrow.onnx", widths=(31, 2, 1)))
-    assert "MLP" in refused("--models", network(tmp_path / "two.onnx", widths=(32, 2, 2)))
-    assert "sigmoid" in refused("--models", network(tmp_path / "tanh.onnx", last="Tanh"))
-    holes = network(tmp_path / "nan.onnx", edit=lambda w: {**w, "w0": w["w0"] * np.nan})
+    assert "features" in refused("--models", small_network(tmp_path / "narrow.onnx", widths=(31, 2, 1)))
+    assert "MLP" in refused("--models", small_network(tmp_path / "two.onnx", widths=(32, 2, 2)))
+    assert "sigmoid" in refused("--models", small_network(tmp_path / "tanh.onnx", last="Tanh"))
+    holes = small_network(tmp_path / "nan.onnx", edit=lambda w: {**w, "w0": w["w0"] * np.nan})
     assert "NaN" in refused("--models", holes)
     assert "batch 99 does not exist" in refused("--models", good, "--start-batch", "99")
     assert "--bits" in refused("--models", good, "--bits", "1")

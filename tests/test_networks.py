@@ -19,13 +19,14 @@ import dynamic_pruning_eval as step3
 import h5_onnx_converter as step4
 import MLP_model_0 as step1
 import preprocess_mitbih as pre
-import quantized_mlp as q
 import TF_pruning as step2
+from fhe_mlp import networks, neuron_removal
+from fhe_mlp import quantized as q
 
 
 @pytest.fixture(scope="module")
 def keras():
-    return pre.start_tensorflow(0)
+    return networks.start_tensorflow(0)
 
 
 def forward(layers, X):
@@ -57,16 +58,16 @@ def test_metrics_against_numbers_by_hand():
 
 def test_balanced_weights_give_both_labels_the_same_say():
     y = np.array([0, 0, 0, 1])
-    weights = pre.balanced_weights(y)
+    weights = networks.balanced_weights(y)
     assert weights[y == 0].sum() == weights[y == 1].sum() == 2
 
 
 def test_baseline_is_the_published_network_and_its_report_is_of_the_saved_file(workdir, arrays, keras):
-    model = pre.load_mlp(workdir / "MLP_model_0.h5", "")
+    model = networks.load_mlp(workdir / "MLP_model_0.h5", "")
     assert [layer.units for layer in model.layers if hasattr(layer, "units")] == [64, 64, 32, 16, 1]
     assert [layer.rate for layer in model.layers if hasattr(layer, "rate")] == [0.2] * 3
     metrics = json.loads((workdir / "MLP_model_0_metrics.json").read_text())
-    accuracy = pre.accuracy(model, *pre.load_arrays(arrays)["test"])
+    accuracy = networks.accuracy(model, *pre.load_arrays(arrays)["test"])
     assert metrics["test"]["accuracy"] == pytest.approx(accuracy, abs=1e-9)
     assert accuracy > 0.9
     for name in ("training", "roc"):
@@ -79,7 +80,9 @@ def test_same_seed_same_network_other_seed_another(arrays, tmp_path, keras):
         folder = str(tmp_path / str(run))
         step1.main(["--data-dir", str(arrays), "--workdir", folder, "--seed", str(seed), "--epochs", "1"])
         weights.append(
-            np.concatenate([w.ravel() for w in pre.load_mlp(tmp_path / folder / "MLP_model_0.h5", "").get_weights()])
+            np.concatenate(
+                [w.ravel() for w in networks.load_mlp(tmp_path / folder / "MLP_model_0.h5", "").get_weights()]
+            )
         )
     np.testing.assert_array_equal(weights[0], weights[1])
     assert np.abs(weights[0] - weights[2]).max() > 1e-3
@@ -109,23 +112,23 @@ def test_block_mask_zeroes_whole_blocks_of_the_least_mean(rows):
 def test_pruned_file_is_three_quarters_zero_in_whole_blocks(workdir, arrays, tmp_path, keras, option, rows):
     shutil.copy(workdir / "MLP_model_0.h5", tmp_path)
     step2.main(["--data-dir", str(arrays), "--workdir", str(tmp_path), "--epochs", "1", "--block-rows", option])
-    model = pre.load_mlp(tmp_path / "tf_pruned_model.h5", "")
+    model = networks.load_mlp(tmp_path / "tf_pruned_model.h5", "")
     report = json.loads((tmp_path / "tf_pruned_model_metrics.json").read_text())
-    *hidden, output = step3.dense_layers(model)
+    *hidden, output = networks.dense_layers(model)
     assert (output[0] != 0).all()
     for kernel, _ in hidden:
         assert np.mean(kernel == 0) == pytest.approx(0.75, abs=0.01)
         blocks = (kernel == 0).reshape(-1, rows or len(kernel), kernel.shape[1])
         assert (blocks.all(axis=1) == blocks.any(axis=1)).all()
     assert report["accuracy"]["after"] == report["accuracy"]["reloaded"]
-    assert report["accuracy"]["before"]["val"] == pre.accuracy(
-        pre.load_mlp(tmp_path / "MLP_model_0.h5", ""), *pre.load_arrays(arrays)["val"]
+    assert report["accuracy"]["before"]["val"] == networks.accuracy(
+        networks.load_mlp(tmp_path / "MLP_model_0.h5", ""), *pre.load_arrays(arrays)["val"]
     )
 
 
 def test_sparsity_follows_the_polynomial_decay(workdir, arrays, keras):
     data = pre.load_arrays(arrays)
-    model = pre.load_mlp(workdir / "MLP_model_0.h5", "")
+    model = networks.load_mlp(workdir / "MLP_model_0.h5", "")
     wrapped = step2.wrap_for_pruning(model, 1, steps=201)
     for old, new in zip(model.layers, wrapped.layers):
         for a, b in zip(old.get_weights(), getattr(new, "layer", new).get_weights()):
@@ -150,7 +153,7 @@ def test_removing_dead_neurons_changes_nothing():
     layers[0][0][:, [1, 5]] = 0  # two neurons that give relu(bias) whatever comes in
     layers[0][1][:] = [1, 2, -1, 1, 1, -3, 1, 1]
     X = np.random.default_rng(1).normal(size=(50, 32)).astype(np.float32)
-    smaller = step3.remove_neurons(
+    smaller = neuron_removal.remove_neurons(
         layers, 0, np.array([0, 2, 3, 4, 6, 7]), np.maximum(X @ layers[0][0] + layers[0][1], 0)
     )
     assert smaller[0][0].shape == (32, 6)
@@ -165,18 +168,18 @@ def test_shrink_takes_neurons_with_most_zeros_then_least_saliency():
     layers[0][0][:20, 2] = 0
     layers[0][0][:, 1] *= 1e-3
     X = np.random.default_rng(1).normal(size=(50, 32)).astype(np.float32)
-    one_less = step3.shrink(layers, (3, 3), X)
+    one_less = neuron_removal.shrink(layers, (3, 3), X)
     np.testing.assert_array_equal(one_less[0][0], layers[0][0][:, [0, 1, 3]])
-    two_less = step3.shrink(layers, (2, 3), X)
+    two_less = neuron_removal.shrink(layers, (2, 3), X)
     np.testing.assert_array_equal(two_less[0][0], layers[0][0][:, [0, 3]])
 
 
 def test_saliency_does_not_change_when_a_neuron_is_rescaled():
     layers = random_layers((32, 4, 1))
-    before = step3.saliency(layers, 0)
+    before = neuron_removal.saliency(layers, 0)
     layers[0][0][:, 2] *= 10
     layers[1][0][2] /= 10
-    np.testing.assert_allclose(step3.saliency(layers, 0), before, rtol=1e-5)
+    np.testing.assert_allclose(neuron_removal.saliency(layers, 0), before, rtol=1e-5)
 
 
 def test_revive_fills_empty_neurons_without_changing_the_network():
@@ -184,7 +187,7 @@ def test_revive_fills_empty_neurons_without_changing_the_network():
     layers[0][0][:, 3] = 0
     layers[1][0][:, 1] = 0
     X = np.random.default_rng(1).normal(size=(50, 32)).astype(np.float32)
-    revived = step3.revive(layers, np.random.default_rng(0))
+    revived = neuron_removal.revive(layers, np.random.default_rng(0))
     assert all(kernel.any(axis=0).all() for kernel, _ in revived[:-1])
     np.testing.assert_allclose(forward(revived, X), forward(layers, X), atol=1e-4, rtol=1e-5)
     assert not layers[0][0][:, 3].any()  # the input is left alone
@@ -200,19 +203,19 @@ def test_step3_files_hold_what_the_workbook_says(workdir, arrays, keras):
     sheet = openpyxl.load_workbook(workdir / "dynamic_pruning_results.xlsx")["results"]
     formats = {sheet.cell(1, c).value: sheet.cell(2, c).number_format for c in range(1, sheet.max_column + 1)}
     assert {f for name, f in formats.items() if "accuracy" in name} == {"0.0000"}
-    files = pre.by_rank(workdir, ".h5")
+    files = networks.by_rank(workdir, ".h5")
     assert {p.name for p in files} == set(kept["file"])
     for rank, path in enumerate(files, 1):
         row = kept[kept["file"] == path.name].iloc[0]
-        model = pre.load_mlp(path, "")
+        model = networks.load_mlp(path, "")
         widths = [layer.units for layer in model.layers[:-1]]
         assert path.name == f"pruned_model_top_{rank}_prune_{row['rate_percent']}_acc_{row['val_accuracy']:.4f}.h5"
         total = sum(n - n * row["rate_percent"] // 100 for n in (64, 64, 32, 16))
-        assert widths == [n for n in step3.share_neurons(total, (64, 64, 32, 16), step3.MIN_WIDTH) if n]
+        assert widths == [n for n in neuron_removal.share_neurons(total, (64, 64, 32, 16), step3.MIN_WIDTH) if n]
         assert row["hidden_neurons"] == sum(widths)
         assert row["parameters"] == model.count_params()
-        assert pre.accuracy(model, *data["val"]) == pytest.approx(row["val_accuracy"], abs=1e-12)
-        assert pre.accuracy(model, *data["test"]) == pytest.approx(row["test_accuracy"], abs=1e-12)
+        assert networks.accuracy(model, *data["val"]) == pytest.approx(row["val_accuracy"], abs=1e-12)
+        assert networks.accuracy(model, *data["test"]) == pytest.approx(row["test_accuracy"], abs=1e-12)
         assert 0 < row["latency_row_ms"] < row["latency_set_ms"] * 50
         chosen = {n.bits: n for n in q.read_h5(path, "")}
         said = quantized[(quantized["rate_percent"] == row["rate_percent"]) & quantized["chosen"]].set_index("bits")
@@ -237,16 +240,18 @@ def test_one_shot_pruning_only_removes_and_an_earlier_run_does_not_linger(workdi
         (tmp_path / name).write_bytes(b"an earlier run's")
     common = ["--data-dir", str(arrays), "--workdir", str(tmp_path), "--fine-tune-epochs", "0"]
     step3.main([*common, "--quantization-epochs", "0", "--min-width", "1", "--rates", "25", "50"])
-    files = pre.by_rank(tmp_path, ".h5")
+    files = networks.by_rank(tmp_path, ".h5")
     assert len(files) == 2
-    assert not pre.by_rank(tmp_path, ".onnx")
+    assert not networks.by_rank(tmp_path, ".onnx")
     assert not list((tmp_path / "quantized").iterdir())
     assert (tmp_path / "pruned_model_top_1_prune_25_acc_0.1234.h5") not in files
     full = {
-        w for kernel, _ in step3.dense_layers(pre.load_mlp(workdir / "tf_pruned_model.h5", "")) for w in kernel.ravel()
+        w
+        for kernel, _ in networks.dense_layers(networks.load_mlp(workdir / "tf_pruned_model.h5", ""))
+        for w in kernel.ravel()
     }
     for path in files:
-        layers = step3.dense_layers(pre.load_mlp(path, ""))
+        layers = networks.dense_layers(networks.load_mlp(path, ""))
         assert {w for kernel, _ in layers for w in kernel.ravel()} <= full
 
 
@@ -259,8 +264,8 @@ def test_same_seed_same_pruned_networks(workdir, arrays, tmp_path, keras):
         common = ["--data-dir", str(arrays), "--workdir", str(folder)]
         step2.main([*common, "--epochs", "1"])
         step3.main([*common, "--rates", "50", "80", "--fine-tune-epochs", "1", "--quantization-epochs", "1"])
-        files = [folder / "tf_pruned_model.h5", *pre.by_rank(folder, ".h5")]
-        weights.append([w for path in files for w in pre.load_mlp(path, "").get_weights()])
+        files = [folder / "tf_pruned_model.h5", *networks.by_rank(folder, ".h5")]
+        weights.append([w for path in files for w in networks.load_mlp(path, "").get_weights()])
         weights[-1] += [layer.weights for path in files for n in q.read_h5(path, "") for layer in n.layers]
         names = [path.name for path in files]
     assert [path.name for path in files] == names
@@ -273,27 +278,27 @@ def test_same_seed_same_pruned_networks(workdir, arrays, tmp_path, keras):
 
 def test_onnx_files_are_checked_and_equal_keras(workdir, arrays, keras):
     X = pre.load_arrays(arrays)["test"][0]
-    files = pre.by_rank(workdir, ".onnx")
-    assert [p.stem for p in files] == [p.stem for p in pre.by_rank(workdir, ".h5")]
+    files = networks.by_rank(workdir, ".onnx")
+    assert [p.stem for p in files] == [p.stem for p in networks.by_rank(workdir, ".h5")]
     for path in files:
         graph = onnx.load(path)
         onnx.checker.check_model(graph, full_check=True)
         assert [o.version for o in graph.opset_import if o.domain == ""] == [14]
         session = onnxruntime.InferenceSession(path)
         got = session.run(None, {session.get_inputs()[0].name: X})[0]
-        expected = pre.load_mlp(path.with_suffix(".h5"), "")(X).numpy()
+        expected = networks.load_mlp(path.with_suffix(".h5"), "")(X).numpy()
         assert np.abs(got - expected).max() < 1e-5
 
 
 def test_a_conversion_that_differs_is_an_error_and_leaves_no_file(workdir, arrays, tmp_path, keras, monkeypatch):
     def wrong(model):
-        layers = step3.dense_layers(model)
+        layers = networks.dense_layers(model)
         layers[-1][1][:] += 0.01
-        return convert(step3.build(layers))
+        return convert(networks.build(layers))
 
     convert = step4.convert
     monkeypatch.setattr(step4, "convert", wrong)
-    source = pre.by_rank(workdir, ".h5")[0]
+    source = networks.by_rank(workdir, ".h5")[0]
     with pytest.raises(SystemExit, match="ONNX Runtime differs"):
         step4.main(["--data-dir", str(arrays), "--workdir", str(tmp_path), "--models", str(source)])
     assert not list(tmp_path.iterdir())
@@ -348,10 +353,10 @@ def test_bad_networks_are_refused_in_one_line(workdir, arrays, tmp_path, capsys,
         assert source in line
         assert command in line
         target.unlink(missing_ok=True)
-    first = pre.by_rank(workdir, ".h5")[0]
+    first = networks.by_rank(workdir, ".h5")[0]
     target = corrupt(first, how, tmp_path)
     good = tmp_path / "pruned_model_top_2_prune_30_acc_0.9.h5"
-    shutil.copy(pre.by_rank(workdir, ".h5")[1], good)
+    shutil.copy(networks.by_rank(workdir, ".h5")[1], good)
     if how != "missing":
         line = refusal(step4.main, common, capsys)
         assert target.name in line

@@ -10,6 +10,7 @@ import pytest
 from conftest import BEAT_COUNT, make_record, refusal
 
 import preprocess_mitbih as pre
+from fhe_mlp import common
 from preprocess_mitbih import main
 
 
@@ -243,7 +244,7 @@ def test_loading_refuses_bad_arrays(arrays, tmp_path):
             path.write_bytes(content)
         else:
             np.save(path, content, allow_pickle=True)
-        with pytest.raises(pre.InputError) as error:
+        with pytest.raises(common.InputError) as error:
             pre.load_arrays(tmp_path)
         assert "preprocess_mitbih.py" in str(error.value)
         assert "\n" not in str(error.value)
@@ -272,13 +273,13 @@ def test_loading_notices_arrays_that_dataset_json_does_not_describe(records, tmp
     build(records, folder)
     X = np.load(folder / "Arryth_MITBIH_test_X.npy")
     np.save(folder / "Arryth_MITBIH_test_X.npy", X[:, ::-1])
-    with pytest.raises(pre.InputError, match=r"dataset\.json"):
+    with pytest.raises(common.InputError, match=r"dataset\.json"):
         pre.load_arrays(folder)
     (folder / "dataset.json").write_text('{"sha256": {}}')
-    with pytest.raises(pre.InputError, match="damaged"):
+    with pytest.raises(common.InputError, match="damaged"):
         pre.load_arrays(folder)
     (folder / "dataset.json").write_text("{")
-    with pytest.raises(pre.InputError, match="damaged"):
+    with pytest.raises(common.InputError, match="damaged"):
         pre.load_arrays(folder)
 
 
@@ -295,7 +296,7 @@ def test_arrays_made_elsewhere_are_standardised_with_their_training_part(arrays,
 def test_whole_file_leaves_the_old_one_when_writing_fails(tmp_path):
     path = tmp_path / "result.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError), pre.whole_file(path) as temporary:
+    with pytest.raises(RuntimeError), common.whole_file(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old"

@@ -16,7 +16,8 @@ import dynamic_pruning_eval as step3
 import fhe_experiments as step5
 import h5_onnx_converter as step4
 import preprocess_mitbih as pre
-import quantized_mlp as q
+from fhe_mlp import circuit, common, networks, neuron_removal, quantized_training, results
+from fhe_mlp import quantized as q
 
 MEMBERS = [(2, 4), (4, 4), (7, 5)]
 
@@ -35,32 +36,33 @@ def random_rows(rows, seed=1):
 
 @pytest.fixture(scope="module")
 def population(keras_once):
-    return q.Population(float_layers((32, 12, 7, 1)), MEMBERS, random_rows(500), dtype="float64")
+    return quantized_training.Population(float_layers((32, 12, 7, 1)), MEMBERS, random_rows(500), dtype="float64")
 
 
 @pytest.fixture(scope="module")
 def keras_once():
-    return pre.start_tensorflow(42)
+    return networks.start_tensorflow(42)
 
 
 @pytest.fixture(scope="module")
-def networks(population):
+def members(population):
     return population.networks(random_rows(500))
 
 
 @pytest.mark.parametrize("member", range(len(MEMBERS)))
-def test_fake_quantization_and_the_imported_graph_agree_exactly(population, networks, member):
-    network, training = networks[member], random_rows(500)
+def test_fake_quantization_and_the_imported_graph_agree_exactly(population, members, member):
+    network, training = members[member], random_rows(500)
     assert (network.bits, network.kept_bits) == MEMBERS[member]
     assert max(layer.accumulator_bits for layer in network.layers) > network.kept_bits  # the rounding is at work
     rows = random_rows(3000, seed=2)
-    trained = population.forward(rows, population.forward(training)[2])[0].numpy()[member]
+    widths = [np.full((len(MEMBERS), 1, 1), layer.accumulator_bits) for layer in network.layers[:-1]]
+    trained = population.forward(rows, widths)[0].numpy()[member]
     reference, accumulators = network.run(rows)
-    graph = step5.without_sigmoid(q.to_onnx(network, 14))
-    calibration = step5.calibration_rows(network, training, 100)
-    setting = step5.Setting(6, 2.0**-40, 0.0)
-    module = step5.compile_network(graph, network.bits, calibration, setting, network.kept_bits)
-    imported = step5.outputs(module, rows, "disable")
+    graph = circuit.without_sigmoid(q.to_onnx(network, 14))
+    calibration = circuit.calibration_rows(network, training, 100)
+    setting = circuit.Setting(6, 2.0**-40, 0.0)
+    module = circuit.compile_network(graph, network.bits, calibration, setting, network.kept_bits)
+    imported = circuit.outputs(module, rows, "disable")
     # A logit is an integer times one step, plus a constant: equal up to the last bits of a float means equal integers.
     np.testing.assert_allclose(trained, reference, atol=1e-6)
     np.testing.assert_allclose(imported, reference, atol=1e-6)
@@ -69,16 +71,35 @@ def test_fake_quantization_and_the_imported_graph_agree_exactly(population, netw
     assert module.fhe_circuit.programmable_bootstrap_count == network.pbs() == 19
 
 
-def test_integers_are_as_narrow_as_they_say(networks):
-    for network in networks:
-        training = random_rows(500)
-        _, accumulators = network.run(training)
+def test_integers_are_as_narrow_as_they_say(members):
+    for network in members:
+        _, accumulators = network.run(random_rows(500), rounding=False)
         for layer, accumulator in zip(network.layers, accumulators):
             assert np.abs(layer.weights).max() <= 2 ** (layer.weight_bits - 1) - 1
             assert layer.weight_bits <= network.bits
             assert layer.output_bits <= network.bits
             assert q.signed_bits(accumulator) == layer.accumulator_bits
-        assert network.layers[-1].weight_bits <= q.LAST_WEIGHT_BITS
+        assert network.layers[-1].weight_bits <= quantized_training.LAST_WEIGHT_BITS
+
+
+def test_ranges_are_moved_to_the_middle_and_the_function_stays(members):
+    rows, training = random_rows(2000, seed=5), random_rows(500)
+    for network in members:
+        first = network.layers[0]
+        unit = network.rounding_unit(first)
+        away = 3 * unit * np.arange(-2, first.weights.shape[1] - 2)
+        step = network.input_step * first.scale
+        moved = dataclasses.replace(
+            first, bias=first.bias + away, offset=(first.offset - away * step).astype(np.float32)
+        )
+        odd = dataclasses.replace(network, layers=(moved, *network.layers[1:]))
+        back = quantized_training.centred(odd, training)
+        np.testing.assert_array_equal(back.layers[0].bias, first.bias)
+        assert back.layers[0].accumulator_bits == first.accumulator_bits
+        np.testing.assert_allclose(back.run(rows)[0], network.run(rows)[0], atol=1e-5)
+        for layer, accumulator in zip(network.layers, network.run(training)[1]):
+            middle = (accumulator.max(axis=0) + accumulator.min(axis=0)) / 2
+            assert np.abs(middle).max() <= 2 * network.rounding_unit(layer)
 
 
 def test_signed_bits_are_those_of_concrete():
@@ -88,9 +109,9 @@ def test_signed_bits_are_those_of_concrete():
         assert q.signed_bits(np.array([low, high])) == compute_bits_precision(np.array([low, high]))
 
 
-def test_onnx_runtime_runs_the_quantized_graph_and_it_reads_back_as_it_was(networks):
+def test_onnx_runtime_runs_the_quantized_graph_and_it_reads_back_as_it_was(members):
     rows = random_rows(2000, seed=3)
-    for network in networks:
+    for network in members:
         graph = q.to_onnx(network, 14)
         onnx.checker.check_model(graph, full_check=True)
         session = onnxruntime.InferenceSession(graph.SerializeToString())
@@ -103,16 +124,16 @@ def test_onnx_runtime_runs_the_quantized_graph_and_it_reads_back_as_it_was(netwo
         np.testing.assert_array_equal(back.run(rows)[0], network.run(rows)[0])
 
 
-def test_h5_holds_the_networks_beside_the_float_one_and_damage_is_refused(networks, keras_once, tmp_path):
+def test_h5_holds_the_networks_beside_the_float_one_and_damage_is_refused(members, keras_once, tmp_path):
     import h5py
 
     layers = float_layers((32, 12, 7, 1))
     path = tmp_path / "x.h5"
-    path.write_bytes(q.add_to_h5(pre.mlp_bytes(step3.build(layers)), networks))
+    path.write_bytes(q.add_to_h5(networks.mlp_bytes(networks.build(layers)), members))
     rows = random_rows(200, seed=4)
-    for network, back in zip(networks, q.read_h5(path, ""), strict=True):
+    for network, back in zip(members, q.read_h5(path, ""), strict=True):
         np.testing.assert_array_equal(back.run(rows)[0], network.run(rows)[0])
-    np.testing.assert_array_equal(step3.dense_layers(pre.load_mlp(path, ""))[0][0], layers[0][0])
+    np.testing.assert_array_equal(networks.dense_layers(networks.load_mlp(path, ""))[0][0], layers[0][0])
     whole = path.read_bytes()
     for edit in (
         lambda f: f["quantized/4/1"].pop("weights"),
@@ -123,15 +144,15 @@ def test_h5_holds_the_networks_beside_the_float_one_and_damage_is_refused(networ
         path.write_bytes(whole)
         with h5py.File(path, "r+") as file:
             edit(file)
-        with pytest.raises(pre.InputError, match=r"damaged .*; make it with: the command"):
+        with pytest.raises(common.InputError, match=r"damaged .*; make it with: the command"):
             q.read_h5(path, "the command")
 
 
 def test_training_gains_what_quantization_lost(arrays, keras_once):
     data = pre.load_arrays(arrays)
-    model = step3.build(float_layers((32, 16, 1)))
+    model = networks.build(float_layers((32, 16, 1)))
     step3.fine_tune(model, data, 5, "float")
-    population = q.Population(step3.dense_layers(model), [(2, 4), (3, 4)], data["train"][0])
+    population = quantized_training.Population(networks.dense_layers(model), [(2, 4), (3, 4)], data["train"][0])
     before = [n.accuracy(*data["val"]) for n in population.networks(data["train"][0])]
     population.train(data, data["train"][1], 8, 42)
     after = [n.accuracy(*data["val"]) for n in population.networks(data["train"][0])]
@@ -140,12 +161,12 @@ def test_training_gains_what_quantization_lost(arrays, keras_once):
 
 def test_neurons_are_shared_and_narrow_layers_go():
     full = (64, 64, 32, 16)
-    assert step3.share_neurons(88, full, 1) == [32, 32, 16, 8]
-    assert step3.share_neurons(88, full, 16) == [35, 35, 18, 0]
-    assert step3.share_neurons(88, full, 32) == [44, 44, 0, 0]
-    assert step3.share_neurons(20, full, 32) == [20, 0, 0, 0]
-    assert step3.share_neurons(132, full, 32) == [64, 64, 0, 0]  # no wider than it was
-    assert step3.share_neurons(3, (4, 8), 1) == [1, 2]
+    assert neuron_removal.share_neurons(88, full, 1) == [32, 32, 16, 8]
+    assert neuron_removal.share_neurons(88, full, 16) == [35, 35, 18, 0]
+    assert neuron_removal.share_neurons(88, full, 32) == [44, 44, 0, 0]
+    assert neuron_removal.share_neurons(20, full, 32) == [20, 0, 0, 0]
+    assert neuron_removal.share_neurons(132, full, 32) == [64, 64, 0, 0]  # no wider than it was
+    assert neuron_removal.share_neurons(3, (4, 8), 1) == [1, 2]
 
 
 def test_a_layer_that_is_linear_goes_without_a_trace():
@@ -159,7 +180,7 @@ def test_a_layer_that_is_linear_goes_without_a_trace():
             x = np.maximum(x @ kernel + bias, 0)
         return x @ layers[-1][0] + layers[-1][1]
 
-    smaller = step3.shrink(layers, (6, 0), X)
+    smaller = neuron_removal.shrink(layers, (6, 0), X)
     assert [kernel.shape for kernel, _ in smaller] == [(32, 6), (6, 1)]
     np.testing.assert_allclose(logits(smaller), logits(layers), atol=1e-3)
 
@@ -182,7 +203,7 @@ def test_rank_is_by_price_among_the_accurate_and_by_accuracy_among_the_rest():
 def test_front_holds_what_nothing_cheaper_equals():
     cost = pd.Series([1.0, 2, 2, 3, 4, 5], index=list("abcdef"))
     accuracy = pd.Series([0.9, 0.95, 0.96, 0.96, 0.93, 0.99], index=list("abcdef"))
-    assert list(step5.pareto(cost, accuracy)[lambda on: on].index) == ["a", "c", "f"]
+    assert list(results.pareto(cost, accuracy)[lambda on: on].index) == ["a", "c", "f"]
 
 
 @pytest.fixture(scope="module")
@@ -190,14 +211,14 @@ def run(arrays, keras_once, tmp_path_factory):
     """Steps 4 and 5 on one small network that was trained quantized at 3 bits."""
     folder = tmp_path_factory.mktemp("quantized")
     data = pre.load_arrays(arrays)
-    model = step3.build(float_layers((32, 4, 1)))
+    model = networks.build(float_layers((32, 4, 1)))
     step3.fine_tune(model, data, 2, "float")
-    found = step3.quantize(step3.dense_layers(model), data, data["train"][1], 2, 42, "quantized")
+    found = step3.quantize(networks.dense_layers(model), data, data["train"][1], 2, 42, "quantized")
     chosen = found[found["chosen"]]
     assert list(chosen["bits"]) == list(q.BITS)
     three = chosen.loc[chosen["bits"] == 3, "network"]
     path = folder / "pruned_model_top_1_prune_90_acc_0.9.h5"
-    path.write_bytes(q.add_to_h5(pre.mlp_bytes(model), list(three)))
+    path.write_bytes(q.add_to_h5(networks.mlp_bytes(model), list(three)))
     common = ["--data-dir", str(arrays), "--workdir", str(folder)]
     step4.main(common)
     step5.main([*common, "--bits", "2", "3", "--samples", "4", "--p-error", str(2.0**-40)])

@@ -14,8 +14,8 @@ from conftest import ROOT
 
 import preprocess_mitbih as pre
 
-MODULES = sorted(p.name for p in ROOT.glob("*.py"))
-SCRIPTS = [name for name in MODULES if name != "quantized_mlp.py"]  # which no one runs
+SCRIPTS = sorted(p.name for p in ROOT.glob("*.py"))
+MODULES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("fhe_mlp/*.py"))
 MITDB = Path(os.environ.get("MITDB_DIR", ROOT / "data" / "mitdb"))
 
 
@@ -75,7 +75,8 @@ def test_tensorflow_starts_silently_but_its_warnings_stay(tmp_path):
 
 
 def test_make_reruns_the_edited_stage_and_what_follows(tmp_path):
-    for name in ("Makefile", "requirements.txt", *MODULES):
+    for name in ("Makefile", "requirements.txt", *SCRIPTS, *MODULES):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dataset.json").write_text("{}")
@@ -94,4 +95,5 @@ def test_make_reruns_the_edited_stage_and_what_follows(tmp_path):
     assert would_run() == []
     for number, step in enumerate(steps):
         assert would_run(step) == steps[number:]
-    assert would_run("data/dataset.json") == steps
+    assert would_run("data/dataset.json") == would_run("fhe_mlp/common.py") == steps
+    assert would_run("fhe_mlp/quantized_training.py") == steps[2:]

@@ -1,0 +1,241 @@
+"""What all the scripts share: errors, the command line, whole files, workbooks, pictures, facts of the machine."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pandas as pd
+
+matplotlib.use("Agg")  # pictures go to files; no window, no display needed
+
+ROOT = Path(__file__).resolve().parents[1]
+SEED = 42
+HEADER_COLOUR = "1F4E79"  # of workbooks
+NUMBER_FORMATS = {  # of workbook columns, by a part of their name
+    "accuracy|^output_[cf]": "0.0000",
+    "^perc_": "0.0",
+    "complexity|^p_": "0.00E+00",
+    "_time$|seconds|_ms$|_MB$|_kB$": "0.000",
+    r"^\d bits$": "0.0000",
+    "times_cheaper": "#,##0",
+}
+
+
+class InputError(Exception):
+    """What the user gave cannot be used; the message names the file, what is wrong and what to do."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says in one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main` as a command: bad input, a full disk or a read-only folder is one line and exit status 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{Path(sys.argv[0]).name}: {where}{error.strerror or first_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        what = str(error) or "finished files are whole, run it again"
+        print(f"\n{Path(sys.argv[0]).name}: interrupted; {what}", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextlib.contextmanager
+def prompt_interrupt(say: str) -> Iterator[None]:
+    """Make Ctrl-C end this process within seconds, with the line `say`, whatever it is doing.
+
+    Compiling and making keys hold the interpreter for minutes, so that no Python code of this process runs. Its signal
+    handler in C still writes to a pipe; a small process at the other end (watcher.py) speaks and ends this one when it
+    has not ended by itself.
+    """
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("watcher.py")),
+        str(os.getpid()),
+        Path(sys.argv[0]).name,
+        say,
+    ]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as watcher:
+        os.set_blocking(watcher.stdin.fileno(), False)
+        before = signal.set_wakeup_fd(watcher.stdin.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(say) from None
+        finally:
+            signal.set_wakeup_fd(before)
+            watcher.kill()
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keep the docstring's lines and show every default."""
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """Parser with the options every script has; `doc` is the script's docstring."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
+    parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="folder of the arrays")
+    parser.add_argument("--workdir", type=Path, default=Path(), help="folder of models and results")
+    parser.add_argument("--seed", type=natural_int, default=SEED, help="of every random draw; same seed, same results")
+    return parser
+
+
+def natural_int(text: str) -> int:
+    """argparse type: a whole number from 0 to 2^32 - 1, what NumPy and TensorFlow take as a seed."""
+    if not (text.isdecimal() and int(text) < 2**32):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to 4294967295")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """argparse type: a finite number above zero."""
+    try:
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+
+
+def positive_int(text: str) -> int:
+    """argparse type: a whole number above zero."""
+    if not (text.isdecimal() and 0 < int(text) < 2**31):
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+    return int(text)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; it becomes `path` when all is written, and goes when that fails."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # or a power cut could leave the new name without its content
+        temporary.replace(path)
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise InputError(f"{path}: cannot be written ({reason}); free space or name another folder") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Keep out of `folder` a second run, which would overwrite the first one's results: it gets an InputError."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another run writes here; wait for it or name another --workdir") from None
+        yield
+
+
+def check_writable(folder: Path) -> None:
+    """Make `folder` and try it, before hours of work. Raises InputError when nothing can be written there."""
+    with whole_file(folder / "writable.txt") as temporary:
+        temporary.write_text("")
+    (folder / "writable.txt").unlink()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` as indented JSON, whole."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def digest(content: bytes | str) -> str:
+    """First 64 bits of a SHA-256 as hexadecimal digits: enough to tell results apart, short enough for a column."""
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:16]
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file as a hexadecimal string."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Add a grid to every axis and write the figure as a PNG, whole."""
+    import matplotlib.pyplot as plt
+
+    for axis in figure.axes:
+        axis.grid(True, alpha=0.3)
+    figure.tight_layout()
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    plt.close(figure)
+
+
+def machine_facts() -> dict[str, Any]:
+    """Processor, cores and versions, for the settings sheets."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    packages = ("tensorflow", "concrete-ml", "concrete-python", "onnx", "numpy")
+    return {
+        "host": platform.node(),
+        "processor": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }
+
+
+def write_workbook(path: Path, sheets: dict[str, pd.DataFrame]) -> None:
+    """Write tables to an .xlsx file, whole, fit to be read and printed.
+
+    Frozen coloured header, fitted widths, number formats by kind of column, a landscape page as wide as the table.
+    """
+    from openpyxl.styles import Alignment, Font, PatternFill
+
+    with whole_file(path) as temporary, pd.ExcelWriter(temporary, engine="openpyxl") as writer:
+        for title, table in sheets.items():
+            table.to_excel(writer, sheet_name=title, index=False)
+            sheet = writer.sheets[title]
+            sheet.freeze_panes = "B2"
+            sheet.auto_filter.ref = sheet.dimensions
+            sheet.print_title_rows = "1:1"
+            sheet.page_setup.orientation = "landscape"
+            sheet.page_setup.fitToHeight = 0  # as many pages as it takes
+            sheet.sheet_properties.pageSetUpPr.fitToPage = True
+            for column in sheet.columns:
+                header = column[0]
+                header.font, header.fill = Font(bold=True, color="FFFFFF"), PatternFill("solid", fgColor=HEADER_COLOUR)
+                name = str(header.value)
+                number_format = next(
+                    (f for pattern, f in NUMBER_FORMATS.items() if re.search(pattern, name)), "General"
+                )
+                for cell in column[1:]:
+                    cell.number_format = number_format
+                    cell.alignment = Alignment(wrap_text=True, vertical="top")
+                longest = max(
+                    (len(f"{c.value:.4g}" if isinstance(c.value, float) else str(c.value)) for c in column[1:]),
+                    default=0,
+                )
+                width = max(longest, len(name) + 2)  # the filter's arrow needs room
+                sheet.column_dimensions[header.column_letter].width = min(60, width + 2)

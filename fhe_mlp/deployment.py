@@ -1,0 +1,146 @@
+"""What a hospital and a server need to use one configuration (step 5, --export)."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from fhe_mlp.circuit import CIRCUIT_ERRORS
+from fhe_mlp.common import InputError, first_line, sha256
+from fhe_mlp.experiment import Data, Job, accuracies, compile_job, versions
+from preprocess_mitbih import FEATURES, load_arrays, load_scaler
+
+EXAMPLE_BEATS = 5  # of the training part, in example_beats.csv
+SECURITY_BITS = 128  # Concrete's default security level, for keys and ciphertexts
+
+README = """# Encrypted classification of heartbeats
+
+{label}: {accuracy:.2%} of {rows:,} test beats right (quantized, in clear). One beat costs complexity {complexity:.3g},
+{pbs} programmable bootstraps.
+
+Both sides need Python 3.10 to 3.12 and `pip install -r requirements.txt`. Every command explains itself with `--help`.
+
+## The hospital: folder `client/`
+
+```
+cd client
+python encrypted_beats.py keys                            # once: keys/ (secret) and evaluation_keys.zip
+python encrypted_beats.py encrypt example_beats.csv       # -> encrypted_beats.zip
+                                                          # send both .zip files, get encrypted_answers.zip back
+python encrypted_beats.py decrypt encrypted_answers.zip   # output, probability and decision (1: abnormal) of each beat
+```
+
+## The server: folder `server/`
+
+```
+cd server
+python encrypted_beats.py run encrypted_beats.zip evaluation_keys.zip    # -> encrypted_answers.zip
+```
+
+A beats file is a .csv whose first line names the {features} features; `model.json` lists each with its unit and formula
+(`preprocess_mitbih.py` computes them), and the mean and standard deviation by which the client scales them.
+
+## What is secret, and how secret
+
+- `keys/` holds the secret key, readable by its owner only. It never leaves the hospital. `evaluation_keys.zip` lets the
+  server compute and decrypts nothing.
+- Keys and ciphertexts have Concrete's default security level, {security} bits. The server learns how many beats there
+  are, and who sends them. The network itself is in the clear on the server.
+- p_error is {p_error:.3g}: each of the {pbs} bootstraps of a beat sees its input off by one step at most that often, by
+  chance (in {any_off:.1%} of the beats at least one does). The network was trained with such noise. It is a matter of
+  accuracy, not of the keys' security, but an answer that is decrypted and given back to the server in the clear, as the
+  raw output, could tell it something about the key: share decisions, not outputs.
+- A file of other keys, of another model, or cut short is refused. That guards against mistakes, not against a server
+  that lies: FHE keeps beats secret, it does not prove that the right network was computed.
+- It is a research pipeline, no medical device.
+"""
+
+
+def choose(jobs: Sequence[Job], data: Data, max_loss: float) -> Job:
+    """The cheapest configuration whose validation accuracy is at most `max_loss` below the best of `jobs`.
+
+    Raises InputError when none can be compiled.
+    """
+    nothing = np.array([], dtype=int)
+    found = []
+    for job in tqdm(jobs, desc="choosing", unit="circuit", disable=len(jobs) == 1):
+        try:
+            module = compile_job(job)
+            accuracy = accuracies(module, job, data, nothing)["accuracy_clear_validation"]
+            found.append((module.fhe_circuit.complexity, accuracy, job))
+        except CIRCUIT_ERRORS as error:
+            print(f"{job.label}: {first_line(error)}")
+    if not found:
+        raise InputError("none of the configurations can be compiled; see --models and --bits")
+    least = max(accuracy for _, accuracy, _ in found) - max_loss
+    return min((f for f in found if f[1] >= least), key=lambda f: f[0])[2]
+
+
+def example_beats(X: np.ndarray, scaler: dict) -> list[dict[str, float]]:
+    """Rows X (n, 32) as they were before scaling, by feature name; what was clipped stays so."""
+    raw = X * np.array(scaler["sd"]) + np.array(scaler["mean"])
+    return [dict(zip((feature["name"] for feature in FEATURES), map(float, row))) for row in raw]
+
+
+def export(job: Job, data_dir: Path, folder: Path) -> None:
+    """Write client/, server/, README.md and requirements.txt to `folder`, all or nothing.
+
+    Raises InputError when `folder` holds anything already.
+    """
+    from concrete.ml.deployment import FHEModelDev
+
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder}: holds files already; name a new folder with --export")
+    data = load_arrays(data_dir)
+    module = compile_job(job)
+    facts = accuracies(module, job, data, np.array([], dtype=int))
+    pbs = module.fhe_circuit.programmable_bootstrap_count
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        whole = Path(temporary) / "whole"
+        FHEModelDev(str(whole / "client"), module).save()
+        (whole / "server").mkdir()
+        shutil.move(whole / "client" / "server.zip", whole / "server")
+        scaler = load_scaler(data_dir)
+        model = {
+            "model": sha256(whole / "server" / "server.zip"),
+            "name": job.label,
+            "output": "logit" if job.setting.threshold == 0 else "probability",
+            "threshold": job.setting.threshold,
+            "p_error": job.setting.p_error,
+            "security_bits": SECURITY_BITS,
+            "test_accuracy": facts["accuracy_clear_test_set"],
+            "features": FEATURES,
+            "scaler": scaler,
+        }
+        (whole / "client" / "model.json").write_text(json.dumps(model, indent=1) + "\n")
+        with (whole / "client" / "example_beats.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, [feature["name"] for feature in FEATURES])
+            writer.writeheader()
+            writer.writerows(example_beats(data["train"][0][:EXAMPLE_BEATS], scaler))
+        for side in ("client", "server"):
+            shutil.copy(Path(__file__).with_name("encrypted_beats.py"), whole / side)
+        (whole / "requirements.txt").write_text(f"concrete-ml=={versions()['concrete-ml']}\n")
+        readme = README.format(
+            label=job.label,
+            accuracy=facts["accuracy_clear_test_set"],
+            rows=facts["test_set_rows"],
+            complexity=module.fhe_circuit.complexity,
+            pbs=pbs,
+            features=len(FEATURES),
+            security=SECURITY_BITS,
+            p_error=job.setting.p_error,
+            any_off=1 - (1 - job.setting.p_error) ** pbs,
+        )
+        (whole / "README.md").write_text(readme)
+        if folder.exists():
+            folder.rmdir()
+        whole.replace(folder)
+    print(f"wrote client/, server/, README.md and requirements.txt for {job.label} to {folder}")

@@ -1,0 +1,169 @@
+"""Float networks of steps 1 to 4: TensorFlow's start, whole .h5 files, accuracy."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fhe_mlp.common import InputError, first_line, whole_file
+from preprocess_mitbih import FEATURES
+
+if TYPE_CHECKING:
+    import tf_keras
+
+Layers = list[tuple[np.ndarray, np.ndarray]]  # kernel (inputs, neurons) and bias (neurons,) of each Dense layer
+START_UP_NOISE = re.compile(
+    r"^I\d{4} | I tensorflow|Unable to register cu|computation placer already|cuInit|"
+    r"All log messages before absl|^To enable the following instructions"
+)
+MOST_NEURONS = 4096  # a layer; more in a file are a damaged number
+
+
+@contextlib.contextmanager
+def quiet_tensorflow() -> Iterator[None]:
+    """Drop TensorFlow's start-up messages; what else its C++ side writes to stderr is shown when the block ends."""
+    keep = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)  # C++ writes past Python's sys.stderr
+        try:
+            yield
+        finally:
+            os.dup2(keep, 2)
+            os.close(keep)
+            held.seek(0)
+            lines = held.read().decode(errors="replace").splitlines(keepends=True)
+            sys.stderr.writelines(line for line in lines if not START_UP_NOISE.search(line))
+
+
+def start_tensorflow(seed: int) -> Any:
+    """Import tf_keras, seeded and deterministic, without TensorFlow's start-up messages; its later warnings stay."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # no INFO from C++
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # networks this small are faster, and repeatable, on the CPU
+    print("starting TensorFlow ...", flush=True)
+    with quiet_tensorflow():
+        import tensorflow as tf
+        import tf_keras
+
+        tf.config.list_physical_devices()
+    warnings.filterwarnings("ignore", message="You are saving your model as an HDF5 file")  # .h5 is what we want
+    tf_keras.utils.set_random_seed(seed)
+    tf.config.experimental.enable_op_determinism()
+    return tf_keras
+
+
+def load_mlp(path: Path, made_by: str) -> tf_keras.Sequential:
+    """The network in an .h5 file, rebuilt here from its layer sizes and weights, so that no code in it can run.
+
+    Raises InputError unless it is a sequence of Dense (ReLU, at the end one sigmoid) and Dropout layers on 32 features,
+    all weights finite; `made_by` is the command that makes the file.
+    """
+    import h5py
+    import tf_keras
+
+    remedy = f"make it with: {made_by}"
+    if not path.exists():
+        raise InputError(f"{path}: not found; {remedy}")
+    try:
+        with h5py.File(path) as file:
+            layers = json.loads(file.attrs["model_config"])["config"]["layers"]
+        model = tf_keras.Sequential([tf_keras.layers.Input((len(FEATURES),))])
+        for layer in layers:
+            config = layer["config"]
+            if layer["class_name"] == "Dense":
+                activation, units = config["activation"], int(config["units"])
+                if activation != ("sigmoid" if layer is layers[-1] else "relu") or not 0 < units <= MOST_NEURONS:
+                    raise ValueError(f"{units} neurons with activation {activation} in {config['name']}")
+                model.add(tf_keras.layers.Dense(units, activation, name=config["name"]))
+            elif layer["class_name"] == "Dropout":
+                model.add(tf_keras.layers.Dropout(float(config["rate"]), name=config["name"]))
+            elif layer["class_name"] != "InputLayer":
+                raise ValueError(f"layer {layer['class_name']}")
+        model.load_weights(path)
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise InputError(f"{path}: is no whole network of this pipeline ({first_line(error)}); {remedy}") from None
+    if model.output_shape != (None, 1):
+        raise InputError(f"{path}: does not end in one sigmoid output; {remedy}")
+    if not all(np.isfinite(w).all() for w in model.get_weights()):
+        raise InputError(f"{path}: holds NaN or infinite weights; {remedy}")
+    return model
+
+
+def epoch_progress(title: str, epochs: int) -> Any:
+    """Keras callback that shows a bar over the epochs with the last validation figures."""
+    import tf_keras
+    from tqdm import tqdm
+
+    bar = tqdm(total=epochs, desc=title, unit="epoch")
+
+    def update(_: int, logs: dict[str, float]) -> None:
+        bar.set_postfix({k: f"{v:.4f}" for k, v in logs.items() if k.startswith("val_")}, refresh=False)
+        bar.update()
+
+    return tf_keras.callbacks.LambdaCallback(on_epoch_end=update, on_train_end=lambda _: bar.close())
+
+
+def accuracy(model: Callable, X: np.ndarray, y: np.ndarray) -> float:
+    """Share of the rows of X (n, 32) that are put on the right side of 0.5."""
+    return float(np.mean((model(X).numpy()[:, 0] > 0.5) == y))
+
+
+def balanced_weights(y: np.ndarray) -> np.ndarray:
+    """Weight of each row (n,) that gives both labels the same say; 1 for balanced data, mean 1 for any."""
+    return (len(y) / (2 * np.bincount(y, minlength=2)))[y]
+
+
+def mlp_bytes(model: tf_keras.Sequential) -> bytes:
+    """The network as the content of an .h5 file without the optimizer's state, made in memory.
+
+    The HDF5 library breaks down on a full disk; ordinary writing only fails. Raises InputError for NaN weights.
+    """
+    import h5py
+
+    if not all(np.isfinite(w).all() for w in model.get_weights()):
+        raise InputError("training ended in NaN or infinite weights, nothing was written; lower --learning-rate")
+    buffer = io.BytesIO()
+    model.compile(loss="binary_crossentropy")
+    with h5py.File(buffer, "w") as file:
+        model.save(file, save_format="h5", include_optimizer=False)
+    return buffer.getvalue()
+
+
+def save_mlp(model: tf_keras.Sequential, path: Path) -> None:
+    """Write a network as .h5, whole."""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(mlp_bytes(model))
+
+
+def by_rank(workdir: Path, suffix: str) -> list[Path]:
+    """Step 3's networks pruned_model_top_{rank}_... in `workdir`, as .h5 or .onnx files, the best first."""
+    ranked = [(path.name.split("_")[3], path) for path in workdir.glob(f"pruned_model_top_*{suffix}") if path.is_file()]
+    return [path for _, path in sorted((int(rank), path) for rank, path in ranked if rank.isdecimal())]
+
+
+def dense_layers(model: tf_keras.Sequential) -> Layers:
+    """Kernels and biases of a network without its dropout, which does nothing in inference."""
+    return [tuple(w.numpy() for w in (layer.kernel, layer.bias)) for layer in model.layers if hasattr(layer, "kernel")]
+
+
+def build(layers: Layers) -> tf_keras.Sequential:
+    """Keras network of the given Dense layers: ReLU, and a sigmoid at the end."""
+    import tf_keras
+
+    model = tf_keras.Sequential([tf_keras.layers.Input((len(layers[0][0]),))])
+    for number, (kernel, bias) in enumerate(layers, 1):
+        last = number == len(layers)
+        name = "output" if last else f"hidden_{number}"
+        model.add(tf_keras.layers.Dense(len(bias), "sigmoid" if last else "relu", name=name))
+        model.layers[-1].set_weights([kernel, bias])
+    return model

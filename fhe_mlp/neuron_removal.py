@@ -1,0 +1,101 @@
+"""Removal of neurons and layers from float networks (step 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fhe_mlp.networks import Layers
+
+
+def zero_counts(layers: Layers, index: int) -> np.ndarray:
+    """Zero weights (neurons,) of each neuron of hidden layer `index`, incoming plus outgoing."""
+    incoming, outgoing = layers[index][0], layers[index + 1][0]
+    return (incoming == 0).sum(axis=0) + (outgoing == 0).sum(axis=1)
+
+
+def saliency(layers: Layers, index: int) -> np.ndarray:
+    """Norm of the incoming times norm of the outgoing weights (neurons,); a ReLU neuron can be rescaled without effect,
+    which leaves this product as it is."""
+    incoming, outgoing = layers[index][0], layers[index + 1][0]
+    return np.linalg.norm(incoming, axis=0) * np.linalg.norm(outgoing, axis=1)
+
+
+def remove_neurons(layers: Layers, index: int, keep: np.ndarray, activation: np.ndarray) -> Layers:
+    """Network without the neurons of hidden layer `index` that are not in `keep`.
+
+    The mean over the rows of their activation (rows, neurons) goes into the next layer's bias: a neuron with no
+    incoming weight gives the same for every row, so removing it changes nothing.
+    """
+    (kernel, bias), (next_kernel, next_bias) = layers[index], layers[index + 1]
+    gone = np.setdiff1d(np.arange(kernel.shape[1]), keep)
+    constant = activation[:, gone].mean(axis=0, dtype=np.float64) @ next_kernel[gone]
+    changed = list(layers)
+    changed[index] = (kernel[:, keep], bias[keep])
+    changed[index + 1] = (next_kernel[keep], (next_bias + constant).astype(next_bias.dtype))
+    return changed
+
+
+def drop_layer(layers: Layers, index: int, X: np.ndarray) -> Layers:
+    """Network without hidden layer `index`; X: inputs of that layer (n, inputs).
+
+    The layer after it gets the kernel and bias that give its sums best (least squares) from what came before.
+    """
+    (kernel, bias), (next_kernel, next_bias) = layers[index], layers[index + 1]
+    sums = np.maximum(X @ kernel + bias, 0) @ next_kernel + next_bias
+    solution = np.linalg.lstsq(np.column_stack([X, np.ones(len(X))]), sums, rcond=None)[0].astype(kernel.dtype)
+    return [*layers[:index], (solution[:-1], solution[-1]), *layers[index + 2 :]]
+
+
+def shrink(layers: Layers, widths: Sequence[int], X: np.ndarray) -> Layers:
+    """Network whose hidden layers have `widths` neurons, none where it is 0; X: training rows (n, 32).
+
+    Most zero weights go first; among equals, and in a network without zeros, those of the least saliency.
+    """
+    index = 0
+    for width in widths:
+        if not width:
+            layers = drop_layer(layers, index, X)
+            continue
+        kernel, bias = layers[index]
+        activation = np.maximum(X @ kernel + bias, 0)
+        order = np.lexsort((-saliency(layers, index), zero_counts(layers, index)))
+        keep = np.sort(order[:width])
+        layers = remove_neurons(layers, index, keep, activation)
+        X = activation[:, keep]
+        index += 1
+    return layers
+
+
+def share_neurons(neurons: int, full: Sequence[int], min_width: int) -> list[int]:
+    """Widths of the hidden layers that share `neurons` as the widths `full` do, 0 for a layer that goes.
+
+    The narrowest layer (the last of equals) goes as long as it would get less than `min_width` and is not the only one.
+    """
+    left = list(range(len(full)))
+    while True:
+        total = sum(full[i] for i in left)
+        widths = [min(full[i], max(1, round(neurons * full[i] / total))) if i in left else 0 for i in range(len(full))]
+        narrowest = min(reversed(left), key=lambda i: widths[i])
+        if widths[narrowest] >= min_width or len(left) == 1:
+            return widths
+        left.remove(narrowest)
+
+
+def revive(layers: Layers, rng: np.random.Generator) -> Layers:
+    """Give every hidden neuron that has no incoming weight left a fresh start without changing what the network does.
+
+    Its constant output goes into the next bias, its incoming weights are drawn as Glorot & Bengio (AISTATS 2010) do,
+    its outgoing weights are 0 until fine-tuning finds a use for it.
+    """
+    for index in range(len(layers) - 1):
+        (kernel, bias), (next_kernel, next_bias) = ((k.copy(), b.copy()) for k, b in layers[index : index + 2])
+        empty = ~kernel.any(axis=0)
+        next_bias += np.maximum(bias[empty], 0) @ next_kernel[empty]
+        limit = np.sqrt(6 / sum(kernel.shape))
+        kernel[:, empty] = rng.uniform(-limit, limit, (len(kernel), empty.sum()))
+        bias[empty] = 0
+        next_kernel[empty] = 0
+        layers = [*layers[:index], (kernel, bias), (next_kernel, next_bias), *layers[index + 2 :]]
+    return layers

@@ -1,0 +1,178 @@
+"""Step 5, --export: the hospital's process and the server's, with nothing in common but the files that travel."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import stat
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from conftest import refusal, small_network
+
+import fhe_experiments as step5
+import preprocess_mitbih as pre
+from fhe_mlp import circuit
+
+
+def side(folder, *argv, status=0):
+    """Run encrypted_beats.py of one side in its own folder; returns what it printed, of a refusal the one line."""
+    command = [sys.executable, "-I", "encrypted_beats.py", *map(str, argv)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    if status:
+        lines = [line for line in done.stderr.splitlines() if "CUDA" not in line]
+        assert len(lines) == 1, lines
+        return lines[0]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def exported(arrays, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    model = small_network(folder / "small.onnx", widths=(32, 3, 1))
+    common = ["--data-dir", str(arrays), "--workdir", str(folder), "--models", str(model), "--p-error", str(2.0**-40)]
+    step5.main([*common, "--bits", "4", "--export", str(folder / "deployed")])
+    small_network(folder / "other.onnx", widths=(32, 3, 1), seed=1)
+    common[5] = str(folder / "other.onnx")
+    step5.main([*common, "--bits", "4", "--export", str(folder / "other")])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hospital(exported):
+    """The client's folder after keys and encryption of the example beats, and the server's with what was sent."""
+    client, server = exported / "deployed" / "client", exported / "deployed" / "server"
+    side(client, "keys")
+    side(client, "encrypt", "example_beats.csv")
+    for name in ("encrypted_beats.zip", "evaluation_keys.zip"):
+        shutil.copy(client / name, server)
+    return client, server
+
+
+def test_two_processes_decide_as_the_quantized_network_in_clear(exported, hospital, arrays):
+    client, server = hospital
+    side(server, "run", "encrypted_beats.zip", "evaluation_keys.zip")
+    shutil.copy(server / "encrypted_answers.zip", client)
+    answers = list(csv.DictReader(io.StringIO(side(client, "decrypt", "encrypted_answers.zip"))))
+    data = pre.load_arrays(arrays)
+    calibration = data["train"][0][np.random.default_rng(42).permutation(3000)[: step5.CALIBRATION_ROWS]]
+    graph = circuit.without_sigmoid(circuit.load_network(exported / "small.onnx"))
+    module = circuit.compile_network(graph, 4, calibration, circuit.Setting(step5.ROUNDING_BITS, 2.0**-40, 0.0))
+    clear = circuit.outputs(module, data["train"][0][: len(answers)], "disable")
+    assert len(answers) == 5
+    assert [int(a["abnormal"]) for a in answers] == list((clear > 0).astype(int))
+    for answer in answers:
+        assert float(answer["probability"]) == pytest.approx(1 / (1 + np.exp(-float(answer["output"]))))
+
+
+def test_the_servers_folder_never_holds_a_secret_key(exported, hospital):
+    from concrete.fhe.compilation.keys import Keys
+
+    client, server = hospital
+    assert {p.name for p in server.iterdir()} <= {
+        "server.zip",
+        "encrypted_beats.py",
+        "encrypted_beats.zip",
+        "evaluation_keys.zip",
+        "encrypted_answers.zip",
+    }
+    with zipfile.ZipFile(server / "evaluation_keys.zip") as box:
+        assert sorted(box.namelist()) == ["000000.bin", "header.json"]
+        evaluation = box.read("000000.bin")
+    (secret,) = [p for p in (client / "keys").rglob("*") if p.is_file() and p.name != "name.txt"]
+    Keys.deserialize(secret.read_bytes())  # the client's file holds secret keys
+    with pytest.raises(Exception, match=r".+"):  # what was sent is no such file
+        Keys.deserialize(evaluation)
+    assert secret.read_bytes()[:4096] not in b"".join(p.read_bytes() for p in server.iterdir())
+
+
+def test_secret_keys_are_their_owners_only(hospital):
+    client, _ = hospital
+    paths = [client / "keys", *(client / "keys").rglob("*")]
+    assert any(path.is_file() for path in paths)
+    for path in paths:
+        assert not stat.S_IMODE(path.stat().st_mode) & 0o077, path
+
+
+def test_wrong_keys_truncated_files_and_another_model_are_refused(exported, hospital, tmp_path):
+    client, server = hospital
+    again = tmp_path / "client"
+    shutil.copytree(client, again, ignore=shutil.ignore_patterns("keys", "*.zip"))
+    shutil.copy(client / "client.zip", again)
+    assert "make them with" in side(again, "encrypt", "example_beats.csv", status=2)
+    side(again, "keys")
+    assert "is there already" in side(again, "keys", status=2)
+
+    wrong = tmp_path / "server"
+    shutil.copytree(server, wrong)
+    shutil.copy(again / "evaluation_keys.zip", wrong)
+    line = side(wrong, "run", "encrypted_beats.zip", "evaluation_keys.zip", status=2)
+    assert "beats and evaluation keys must come from the same keys" in line
+    shutil.copy(server / "evaluation_keys.zip", wrong)
+
+    whole = (server / "encrypted_beats.zip").read_bytes()
+    broken = bytearray(whole)
+    broken[len(whole) // 2] ^= 1
+    for content in (whole[: len(whole) // 2], whole[:10], b"", bytes(broken)):
+        (wrong / "encrypted_beats.zip").write_bytes(content)
+        line = side(wrong, "run", "encrypted_beats.zip", "evaluation_keys.zip", status=2)
+        assert "encrypted_beats.zip: is truncated or damaged" in line
+    (wrong / "encrypted_beats.zip").write_bytes(whole)
+    line = side(wrong, "run", "evaluation_keys.zip", "evaluation_keys.zip", status=2)
+    assert "holds evaluation keys" in line
+
+    shutil.copy(exported / "other" / "server" / "server.zip", wrong)
+    line = side(wrong, "run", "encrypted_beats.zip", "evaluation_keys.zip", status=2)
+    assert "server.zip and client.zip must come from one export" in line
+    assert not (wrong / "encrypted_answers.zip").exists() or (server / "encrypted_answers.zip").exists()
+
+    side(server, "run", "encrypted_beats.zip", "evaluation_keys.zip")
+    line = side(again, "decrypt", server / "encrypted_answers.zip", status=2)
+    assert "the keys it was encrypted with" in line
+
+
+@pytest.mark.parametrize("edit", ["missing column", "nan", "text", "empty"])
+def test_bad_beats_are_refused(hospital, tmp_path, edit):
+    client, _ = hospital
+    with (client / "example_beats.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if edit == "missing column":
+        rows = [{k: v for k, v in row.items() if k != "ch0_R_peak"} for row in rows]
+    elif edit == "empty":
+        rows = []
+    else:
+        rows[1]["ch0_R_peak"] = "nan" if edit == "nan" else "x"
+    with (tmp_path / "beats.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0] if rows else ["ch0_R_peak"])
+        writer.writeheader()
+        writer.writerows(rows)
+    before = (client / "encrypted_beats.zip").read_bytes()
+    assert "beats.csv" in side(client, "encrypt", tmp_path / "beats.csv", status=2)
+    assert (client / "encrypted_beats.zip").read_bytes() == before
+
+
+def test_the_export_describes_itself_and_overwrites_nothing(exported, arrays, capsys):
+    deployed = exported / "deployed"
+    model = json.loads((deployed / "client" / "model.json").read_text())
+    assert [feature["name"] for feature in model["features"]] == [feature["name"] for feature in pre.FEATURES]
+    assert model["scaler"] == pre.load_scaler(arrays)
+    readme = (deployed / "README.md").read_text()
+    for word in ("128 bits", "p_error", "python encrypted_beats.py run", "readable by its owner only"):
+        assert word in readme
+    common = ["--data-dir", arrays, "--workdir", exported, "--models", exported / "small.onnx", "--bits", "4"]
+    before = {p: p.read_bytes() for p in deployed.rglob("*") if p.is_file()}
+    assert "holds files already" in refusal(step5.main, [*common, "--export", deployed], capsys)
+    assert {p: p.read_bytes() for p in deployed.rglob("*") if p.is_file()} == before
+
+
+def test_example_beats_scale_back_to_the_arrays(exported, arrays):
+    with (exported / "deployed" / "client" / "example_beats.csv").open(newline="") as file:
+        raw = np.array([[float(v) for v in row.values()] for row in csv.DictReader(file)])
+    scaled = pre.apply_scaler(raw, pre.load_scaler(arrays))
+    np.testing.assert_allclose(scaled, pre.load_arrays(arrays)["train"][0][: len(raw)], atol=1e-5)
