@@ -39,7 +39,7 @@ dynamic_pruning_results.xlsx: dynamic_pruning_eval.py fhe_mlp/neuron_removal.py 
 	$(RUN) h5_onnx_converter.py
 	@touch $@
 
-.fhe.stamp: fhe_experiments.py .onnx.stamp | .venv/.ready
+.fhe.stamp: fhe_experiments.py $(wildcard fhe_mlp/*.py) .onnx.stamp | .venv/.ready
 	$(RUN) fhe_experiments.py
 	@touch $@
 
@@ -58,4 +58,5 @@ lint: .venv/.ready
 
 clean:
 	rm -rf quantized
-	rm -f MLP_model_0.h5 MLP_model_0_* tf_pruned_model* dynamic_pruning_*.png dynamic_pruning_*.xlsx pruned_model_top_* results_batch_*.xlsx fhe_summary.xlsx benchmark.xlsx fhe_*.png .onnx.stamp .fhe.stamp
+	rm -f MLP_model_0.h5 MLP_model_0_* tf_pruned_model* dynamic_pruning_*.png dynamic_pruning_*.xlsx pruned_model_top_* \
+		results_batch_*.xlsx fhe_summary.xlsx benchmark.xlsx fhe_*.png .lock .onnx.stamp .fhe.stamp

@@ -44,7 +44,7 @@ from fhe_mlp.common import (
     positive_float,
     positive_int,
     prompt_interrupt,
-    run,
+    run_and_leave,
 )
 from fhe_mlp.deployment import choose, export
 from fhe_mlp.experiment import CODE_SHA256, Data, Job, accuracies, drawn_rows, make_job, price, versions
@@ -250,4 +250,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_and_leave(main)

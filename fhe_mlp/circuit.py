@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import signal
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 
 CALIBRATION_NEURONS = 32  # of the layer that measures the machine; enough to keep its cores busy
 CALIBRATION_ROUNDING_BITS = 5  # of it at most; step 3's networks keep no more
+TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE)
 # What Concrete and Concrete ML raise on a network they cannot handle, besides running out of memory.
 CIRCUIT_ERRORS = (RuntimeError, ValueError, AssertionError, NotImplementedError, MemoryError)
 
@@ -117,6 +122,24 @@ def without_sigmoid(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
+@contextlib.contextmanager
+def same_signal_handlers() -> Iterator[None]:
+    """Put back the handlers that Concrete's runtime (HPX) replaces on first use: with its own, Ctrl-C is a crash.
+
+    Through the C library, since Python sets handlers in a process's main thread only.
+    """
+    library = ctypes.CDLL(None)
+    kept = {number: ctypes.create_string_buffer(256) for number in TERMINAL_SIGNALS}  # more than a struct sigaction
+    for number, action in kept.items():
+        library.sigaction(number, None, action)
+    try:
+        yield
+    finally:
+        for number, action in kept.items():
+            library.sigaction(number, action, None)
+
+
+@same_signal_handlers()
 def compile_network(
     model: onnx.ModelProto, bits: int, calibration: np.ndarray, setting: Setting, kept_bits: int | None = None
 ) -> QuantizedModule:
@@ -124,10 +147,10 @@ def compile_network(
 
     With `kept_bits` the graph is one of step 3's quantized networks, else it is quantized to `bits` here.
     """
-    from concrete.ml.torch.compile import compile_onnx_model
-
     rounding_bits = kept_bits or setting.rounding_bits
     with warnings.catch_warnings():
+        from concrete.ml.torch.compile import compile_onnx_model
+
         warnings.simplefilter("ignore")  # Concrete ML's own use of deprecated NumPy and ONNX calls
         return compile_onnx_model(
             model,
@@ -144,6 +167,7 @@ def key_bytes(circuit: Any) -> int:
     return circuit.size_of_bootstrap_keys + circuit.size_of_keyswitch_keys
 
 
+@same_signal_handlers()
 def outputs(module: QuantizedModule, X: np.ndarray, mode: str) -> np.ndarray:
     """Quantized network's outputs (n,) for rows X (n, 32): mode "disable" in clear, "simulate" with p_error's noise."""
     circuit = module.fhe_circuit
@@ -154,6 +178,15 @@ def outputs(module: QuantizedModule, X: np.ndarray, mode: str) -> np.ndarray:
     return module.dequantize_output(np.concatenate([circuit.simulate(row[None]) for row in quantized]))[:, 0]
 
 
+@same_signal_handlers()
+def make_keys(module: QuantizedModule) -> float:
+    """Make new keys; returns the seconds it took."""
+    started = time.perf_counter()
+    module.fhe_circuit.keygen(force=True)
+    return time.perf_counter() - started
+
+
+@same_signal_handlers()
 def run_encrypted(module: QuantizedModule, row: np.ndarray) -> dict[str, float]:
     """One row (32,) encrypted, run and decrypted with the module's keys: output, seconds of each part, bytes sent."""
     circuit = module.fhe_circuit
@@ -201,8 +234,7 @@ def calibrate_machine(setting: Setting, seed: int) -> Speed:
     started = time.perf_counter()
     outputs(module, rows, "simulate")
     simulated = time.perf_counter()
-    circuit.keygen(force=True)
-    keygen = time.perf_counter() - simulated
+    keygen = make_keys(module)
     seconds = [run_encrypted(module, row)["run_seconds"] for row in rows[:4]][1:]
     return Speed(
         float(np.median(seconds)) / circuit.complexity,

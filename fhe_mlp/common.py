@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -60,6 +61,27 @@ def run(main: Callable[[], None]) -> None:
         what = str(error) or "finished files are whole, run it again"
         print(f"\n{Path(sys.argv[0]).name}: interrupted; {what}", file=sys.stderr)
         sys.exit(130)
+
+
+def run_and_leave(main: Callable[[], None]) -> None:
+    """`run` for a command that executes circuits, with the exit status that it should have.
+
+    Concrete's runtime, once it has started, ends every process with status 0, whatever Python says.
+    """
+    status: Any = 0
+    try:
+        run(main)
+    except SystemExit as stop:
+        status = stop.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    if isinstance(status, str):  # what sys.exit prints
+        print(status, file=sys.stderr)
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
 
 
 @contextlib.contextmanager

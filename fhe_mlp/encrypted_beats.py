@@ -19,6 +19,7 @@ import json
 import os
 import secrets
 import sys
+import traceback
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,22 +70,31 @@ def same(what: str, path: Path, given: str, wanted: str, remedy: str) -> None:
 
 
 def load_client(folder: Path, keys: Path) -> tuple[Any, dict[str, Any]]:
-    """Concrete ML's client with its keys in `keys`, and model.json."""
+    """Concrete ML's client, which reads and writes keys in the folder `keys`, and model.json."""
     from concrete.ml.deployment import FHEModelClient
 
     try:
         model = json.loads((folder / "model.json").read_text())
         return FHEModelClient(str(folder), str(keys)), model
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, AssertionError, zipfile.BadZipFile) as error:
         raise Refusal(f"{folder}: client.zip or model.json cannot be used here ({error})") from None
 
 
-def read_key_name(keys: Path) -> str:
-    """The name, no secret, under which the keys in a folder are known. Raises Refusal where there are none."""
+def load_keys(folder: Path, keys: Path) -> tuple[Any, dict[str, Any], str]:
+    """Client with the secret keys in `keys` loaded, model.json, and the keys' name, which is no secret.
+
+    Raises Refusal where there are no keys or they are for another model.
+    """
+    client, model = load_client(folder, keys)
     try:
-        return (keys / "name.txt").read_text().strip()
-    except OSError:
-        raise Refusal(f"{keys}: no keys here; make them with: python encrypted_beats.py keys") from None
+        about = json.loads((keys / "about.json").read_text())
+        same("model", keys, about["model"], model["model"], "name its own keys with --keys")
+        if sorted(str(path.relative_to(keys)) for path in keys.rglob("*") if path.is_file()) != about["files"]:
+            raise Refusal(f"{keys}: files are missing; take them from a copy, or delete the folder and make new keys")
+    except (OSError, ValueError, KeyError):
+        raise Refusal(f"{keys}: no whole keys here; make them with: python encrypted_beats.py keys") from None
+    client.generate_private_and_evaluation_keys()  # reads them: it only makes keys where there are none
+    return client, model, about["key"]
 
 
 def make_keys(folder: Path, keys: Path, target: Path) -> None:
@@ -95,7 +105,8 @@ def make_keys(folder: Path, keys: Path, target: Path) -> None:
     keys.mkdir(mode=0o700, parents=True)
     client.generate_private_and_evaluation_keys()
     name = secrets.token_hex(8)
-    (keys / "name.txt").write_text(name)
+    files = sorted(str(path.relative_to(keys)) for path in [*keys.rglob("*"), keys / "about.json"] if not path.is_dir())
+    (keys / "about.json").write_text(json.dumps({"model": model["model"], "key": name, "files": files}))
     header = {"kind": "evaluation keys", "model": model["model"], "key": name}
     write_box(target, header, [client.get_serialized_evaluation_keys()])
 
@@ -115,8 +126,7 @@ def read_beats(path: Path, features: Sequence[str]) -> np.ndarray:
 
 def encrypt(folder: Path, keys: Path, beats: Path, target: Path) -> None:
     """Standardise, clip, quantize and encrypt each beat."""
-    client, model = load_client(folder, keys)
-    name = read_key_name(keys)
+    client, model, name = load_keys(folder, keys)
     X = read_beats(beats, [feature["name"] for feature in model["features"]])
     scaler = model["scaler"]
     scaled = (X - np.array(scaler["mean"])) / np.array(scaler["sd"])
@@ -149,8 +159,7 @@ def run_server(folder: Path, beats: Path, evaluation_keys: Path, target: Path) -
 
 def decrypt(folder: Path, keys: Path, answers: Path) -> list[dict[str, Any]]:
     """Logit, probability and decision of each beat, in their order."""
-    client, model = load_client(folder, keys)
-    name = read_key_name(keys)
+    client, model, name = load_keys(folder, keys)
     header, payloads = read_box(answers, "encrypted answers")
     same("model", answers, header["model"], model["model"], "server.zip and client.zip must come from one export")
     same("key", answers, header["key"], name, "it can only be decrypted with the keys it was encrypted with")
@@ -198,8 +207,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    status = 0
     try:
         main()
     except Refusal as refusal:
         print(f"encrypted_beats.py: {refusal}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
+    except (Exception, KeyboardInterrupt):
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    os._exit(status)  # Concrete's runtime, once it has started, would end the process with status 0

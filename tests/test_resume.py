@@ -38,8 +38,10 @@ def options(arrays, folder, *more):
 def command(*argv):
     """Step 5 in a process of its own, with the plain way's prices cut short as in the other tests."""
     code = (
-        "import sys, fhe_experiments as s\nfrom fhe_mlp.common import run\n"
-        f"s.PLAIN_BITS, s.SIMULATED_ROWS, s.ROUNDING_BITS = {PLAIN_BITS}, 60, 4\nsys.argv[0] = 'fhe_experiments.py'\nrun(lambda: s.main(sys.argv[1:]))\n"
+        "import sys, fhe_experiments as s\nfrom fhe_mlp.common import run_and_leave\n"
+        f"s.PLAIN_BITS, s.SIMULATED_ROWS = {PLAIN_BITS}, {step5.SIMULATED_ROWS}\n"
+        f"s.ROUNDING_BITS = {step5.ROUNDING_BITS}\n"
+        "sys.argv[0] = 'fhe_experiments.py'\nrun_and_leave(lambda: s.main(sys.argv[1:]))\n"
     )
     return [sys.executable, "-c", code, *argv]
 
@@ -169,11 +171,12 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(arrays, tmp_path, capsys):
 @pytest.mark.parametrize("stuck", [False, True])
 def test_an_interrupt_ends_within_seconds_and_says_how_to_go_on(arrays, tmp_path, stuck):
     """stuck: in a C call that never gives the interpreter back, as compiling and making keys do for minutes."""
-    wait = "ctypes.PyDLL(None).sleep(60)" if stuck else "time.sleep(60)"
+    wait = "m = ctypes.create_string_buffer(64); [ctypes.PyDLL(None).pthread_mutex_lock(m) for _ in range(2)]"
     code = (
-        "import ctypes, sys, time, fhe_experiments as s\nfrom fhe_mlp import plan\nfrom fhe_mlp.common import run\n"
-        f"def wait(job):\n    print('waiting', flush=True)\n    {wait}\n"
-        "plan.price = wait\nsys.argv[0] = 'fhe_experiments.py'\nrun(lambda: s.main(sys.argv[1:]))\n"
+        "import ctypes, sys, time, fhe_experiments as s\nfrom fhe_mlp import plan\n"
+        "from fhe_mlp.common import run_and_leave\n"
+        f"def wait(job):\n    print('waiting', flush=True)\n    {wait if stuck else 'time.sleep(60)'}\n"
+        "plan.price = wait\nsys.argv[0] = 'fhe_experiments.py'\nrun_and_leave(lambda: s.main(sys.argv[1:]))\n"
     )
     argv = [sys.executable, "-c", code, *options(arrays, tmp_path, "--bits", "2")]
     process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
