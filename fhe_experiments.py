@@ -46,7 +46,7 @@ from fhe_mlp.common import (
     prompt_interrupt,
     run_and_leave,
 )
-from fhe_mlp.deployment import choose, export
+from fhe_mlp.deployment import export
 from fhe_mlp.experiment import CODE_SHA256, Data, Job, accuracies, drawn_rows, make_job, price, versions
 from fhe_mlp.networks import by_rank
 from fhe_mlp.plan import make_plan, print_plan, run_plan
@@ -174,7 +174,7 @@ def described_settings(args: argparse.Namespace, setting: Setting, plain: Path) 
         f"{100 * MAX_LOSS:g} point of its best validation accuracy, divided by this complexity",
         "on_front": "no configuration that costs as much or less has a better validation accuracy",
         "identity": "rows of the same identity stand for each other; it is a digest of network, bits and setting, of "
-        "data_sha256, code_sha256, versions, seed, batch_size and samples",
+        "data_sha256, code_sha256, rows_sha256, versions, seed, batch_size and samples",
         **{f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items()},
         "times": "seconds; *_seconds: median of one sample, after one run that warms up; fhe_time: sum over num_items",
     }
@@ -205,6 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     basis = {
         "data_sha256": digest(b"".join(array.tobytes() for part in data.values() for array in part)),
         "code_sha256": CODE_SHA256,
+        "rows_sha256": digest(calibration.tobytes() + simulated.tobytes()),  # of calibration and simulation
         **versions(),
         "seed": args.seed,
         "batch_size": args.batch_size,
@@ -213,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     known = known_jobs(args, paths, lambda path, bits: make_job(path, bits, setting, data, calibration, basis))
     jobs = [known[path, bits] for path in paths for bits in args.bits]
     if args.export:
-        export(choose(jobs[: len(args.bits)], data, MAX_LOSS), args.data_dir, args.export)
+        export(jobs[: len(args.bits)], data, MAX_LOSS, args.data_dir, args.export)
         return
     plain_network = most_accurate({path for path, _ in known}, data)
     settings = described_settings(args, setting, plain_network)

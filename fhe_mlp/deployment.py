@@ -15,10 +15,9 @@ from tqdm import tqdm
 from fhe_mlp.circuit import CIRCUIT_ERRORS
 from fhe_mlp.common import InputError, first_line, sha256
 from fhe_mlp.experiment import Data, Job, accuracies, compile_job, versions
-from preprocess_mitbih import FEATURES, load_arrays, load_scaler
+from preprocess_mitbih import FEATURES, load_scaler
 
 EXAMPLE_BEATS = 5  # of the training part, in example_beats.csv
-SECURITY_BITS = 128  # Concrete's default security level, for keys and ciphertexts
 
 README = """# Encrypted classification of heartbeats
 
@@ -89,19 +88,20 @@ def example_beats(X: np.ndarray, scaler: dict) -> list[dict[str, float]]:
     return [dict(zip((feature["name"] for feature in FEATURES), map(float, row))) for row in raw]
 
 
-def export(job: Job, data_dir: Path, folder: Path) -> None:
-    """Write client/, server/, README.md and requirements.txt to `folder`, all or nothing.
+def export(jobs: Sequence[Job], data: Data, max_loss: float, data_dir: Path, folder: Path) -> None:
+    """Write client/, server/, README.md and requirements.txt for the one that `choose` takes, all or nothing.
 
-    Raises InputError when `folder` holds anything already.
+    data: as load_arrays gives for `data_dir`. Raises InputError when `folder` holds anything already.
     """
     from concrete.ml.deployment import FHEModelDev
 
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder}: holds files already; name a new folder with --export")
-    data = load_arrays(data_dir)
+    job = choose(jobs, data, max_loss)
     module = compile_job(job)
     facts = accuracies(module, job, data, np.array([], dtype=int))
     pbs = module.fhe_circuit.programmable_bootstrap_count
+    security = int(module.fhe_circuit.configuration.security_level)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         whole = Path(temporary) / "whole"
@@ -115,7 +115,7 @@ def export(job: Job, data_dir: Path, folder: Path) -> None:
             "output": "logit" if job.setting.threshold == 0 else "probability",
             "threshold": job.setting.threshold,
             "p_error": job.setting.p_error,
-            "security_bits": SECURITY_BITS,
+            "security_bits": security,
             "test_accuracy": facts["accuracy_clear_test_set"],
             "features": FEATURES,
             "scaler": scaler,
@@ -135,7 +135,7 @@ def export(job: Job, data_dir: Path, folder: Path) -> None:
             complexity=module.fhe_circuit.complexity,
             pbs=pbs,
             features=len(FEATURES),
-            security=SECURITY_BITS,
+            security=security,
             p_error=job.setting.p_error,
             any_off=1 - (1 - job.setting.p_error) ** pbs,
         )

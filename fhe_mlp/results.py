@@ -18,7 +18,14 @@ PUBLISHED_COLUMNS = (
     "perc_ones_pred_clear perc_zeros_pred_clear fhe_time accuracy_fhe perc_ones_pred_fhe perc_zeros_pred_fhe"
 ).split()
 FINISHED = ("ok", "cannot compile")  # a configuration of another status is tried again
-TEXTS = ["identity", "network_sha256", "data_sha256", "code_sha256", "host"]  # which may look like numbers
+TEXTS = [
+    "identity",
+    "network_sha256",
+    "data_sha256",
+    "code_sha256",
+    "rows_sha256",
+    "host",
+]  # which may look like numbers
 SUMMARY_COLUMNS = (
     "model_name q_bits way rounding_bits pbs complexity times_cheaper_than_plain on_front accuracy_clear_validation "
     "accuracy_clear_test_set accuracy_simulated accuracy_clear_same_rows n accuracy_fhe accuracy_fhe_low95 "

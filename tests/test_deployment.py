@@ -161,6 +161,7 @@ def test_the_export_describes_itself_and_overwrites_nothing(exported, arrays, ca
     deployed = exported / "deployed"
     model = json.loads((deployed / "client" / "model.json").read_text())
     assert [feature["name"] for feature in model["features"]] == [feature["name"] for feature in pre.FEATURES]
+    assert model["security_bits"] == 128
     assert model["scaler"] == pre.load_scaler(arrays)
     readme = (deployed / "README.md").read_text()
     for word in ("128 bits", "p_error", "python encrypted_beats.py run", "readable by its owner only"):

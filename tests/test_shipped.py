@@ -64,7 +64,7 @@ def test_a_refusal_on_the_command_line_is_one_line_and_status_2(tmp_path):
 
 def test_tensorflow_starts_silently_but_its_warnings_stay(tmp_path):
     code = (
-        "import os, sys, preprocess_mitbih as p\n"
+        "import os, sys\nfrom fhe_mlp import networks as p\n"
         "p.start_tensorflow(1)\n"
         "with p.quiet_tensorflow():\n"
         "    os.write(2, b'I0000 00:00 noise.cc:1] start-up\\n')\n"
