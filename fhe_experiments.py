@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.export:
         export(jobs[: len(args.bits)], data, MAX_LOSS, args.data_dir, args.export)
         return
-    plain_network = most_accurate({path for path, _ in known}, data)
+    plain_network = most_accurate(dict.fromkeys(path for path, _ in known), data)
     settings = described_settings(args, setting, plain_network)
     benchmark = read_benchmark(args.workdir)
     drawn = {b: drawn_rows(b, args.batch_size, args.samples, rows_in_test, args.seed) for b in batches}

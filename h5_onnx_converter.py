@@ -32,10 +32,9 @@ MADE_BY = {
     "pruned_model": "python dynamic_pruning_eval.py",
 }
 TOLERANCE = 1e-5  # largest difference of a probability in ONNX Runtime
-QUANTIZED_SHARE = (
-    0.99  # of the rows at least that a quantized graph must get right: ONNX Runtime computes in float32, which
-)
-# now and then rounds a value halfway between two integers the other way
+# Share of the rows that a quantized graph must get right: ONNX Runtime computes in float32, which now and then rounds a
+# value halfway between two integers the other way.
+QUANTIZED_SHARE = 0.99
 
 
 def convert(model: tf_keras.Sequential) -> onnx.ModelProto:
