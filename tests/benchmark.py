@@ -1,8 +1,9 @@
 """What this pipeline gives against what else a user could pick, measured in one run on the same arrays.
 
-Measured are the configurations on the front of fhe_summary.xlsx (python fhe_experiments.py makes it), the plain way
-(one-shot pruning, n_bits only), Concrete ML's own models and, where TenSEAL is installed, an MLP with square activation
-under CKKS. Accuracy is that of the quantized model on the whole test set; seconds are encrypted, one beat at a time.
+Measured are the configurations on the front of fhe_summary.xlsx (python fhe_experiments.py makes it), the plain way (the
+best float network of step 3 with n_bits only), Concrete ML's own models and, where TenSEAL is installed, an MLP with
+square activation under CKKS. Accuracy is that of the quantized model on the whole test set; seconds are encrypted, one
+beat at a time.
 
 Reads   what steps 1 to 5 left in --workdir, and the arrays in --data-dir
 Writes  benchmark.xlsx to --workdir, and fhe_frontier.png again, now with these models
@@ -26,15 +27,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import fhe_experiments as step5  # noqa: E402
-import h5_onnx_converter as step4  # noqa: E402
 import preprocess_mitbih as pre  # noqa: E402
 from fhe_mlp import circuit, common, experiment, networks, results  # noqa: E402
-from fhe_mlp.networks import build, dense_layers  # noqa: E402
-from fhe_mlp.neuron_removal import shrink  # noqa: E402
 
 SAMPLES = 10  # encrypted beats of each model
 BUDGET_SECONDS = 20.0  # predicted for a beat, above which a model is not run encrypted
-PLAIN_RATE = 25  # percent of the neurons that the plain way removes: least harm without fine-tuning
 CKKS_EPOCHS = 60
 
 Row = dict[str, Any]
@@ -68,57 +65,41 @@ def run_circuit(compiled: Any, quantize: Callable, decide: Callable, cost: Row, 
     )
 
 
-def pipeline(workdir: Path, data: Row, cost: Row, seed: int) -> Iterator[Row]:
+def measured(job: experiment.Job, name: str, kind: str, data: Row, cost: Row, simulated: np.ndarray) -> Row:
+    """Accuracies, price and times of one configuration of step 5; simulated: indices of test rows."""
+    row = {"name": name, "kind": kind}
+    facts, module = experiment.price(job)
+    if module is None:
+        return row | {"note": f"does not compile: {facts['reason']}"}
+    found = experiment.accuracies(module, job, data, simulated)
+    row |= {"accuracy": found["accuracy_clear_test_set"], "accuracy_validation": found["accuracy_clear_validation"]}
+    row |= {"accuracy_simulated": found.get("accuracy_simulated")}
+
+    def decide(quantized: np.ndarray) -> float:
+        return module.dequantize_output(quantized).ravel()[0]
+
+    return row | run_circuit(module.fhe_circuit, module.quantize_input, decide, cost, data, job.setting.threshold)
+
+
+def pipeline(workdir: Path, data: Row, cost: Row, calibration: np.ndarray) -> Iterator[Row]:
     """The front of the last run of step 5, compiled and run anew, simulated on the whole test set."""
     summary = pd.read_excel(workdir / "fhe_summary.xlsx").drop_duplicates(["model_name", "q_bits"])
     setting = circuit.Setting(step5.ROUNDING_BITS, step5.P_ERROR, 0.0)
-    rng = np.random.default_rng(seed)
-    calibration = data["train"][0][rng.permutation(len(data["train"][0]))[: step5.CALIBRATION_ROWS]]
     everything = np.arange(len(data["test"][1]))
     for _, chosen in summary[summary["on_front"]].iterrows():
         path, bits = workdir / f"{chosen['model_name']}.onnx", int(chosen["q_bits"])
         job = experiment.make_job(path, bits, setting, data, calibration, {})
-        module = experiment.compile_job(job)
-        found = experiment.accuracies(module, job, data, everything)
-        row = {"name": f"{chosen['model_name'].split('_acc')[0].removeprefix('pruned_model_')}, {bits} bits"}
-        row |= {"kind": "this pipeline", "accuracy": found["accuracy_clear_test_set"]}
-        row |= {"accuracy_validation": found["accuracy_clear_validation"]}
-        row |= {"accuracy_simulated": found["accuracy_simulated"]}
-        yield row | run_circuit(
-            module.fhe_circuit,
-            module.quantize_input,
-            lambda q, m=module: m.dequantize_output(q).ravel()[0],
-            cost,
-            data,
-            0.0,
-        )
+        name = f"{path.stem.split('_acc')[0].removeprefix('pruned_model_')}, {bits} bits"
+        yield measured(job, name, "this pipeline", data, cost, everything)
 
 
-def plain_way(workdir: Path, data: Row, cost: Row, seed: int) -> Iterator[Row]:
-    """One-shot removal of neurons from the baseline, n_bits only, ten rows of calibration, sigmoid encrypted."""
-    networks.start_tensorflow(seed)
-    layers = dense_layers(networks.load_mlp(workdir / "MLP_model_0.h5", "python MLP_model_0.py"))
-    widths = [len(bias) - len(bias) * PLAIN_RATE // 100 for _, bias in layers[:-1]]
-    graph = step4.convert(build(shrink(layers, widths, data["train"][0])))
-    calibration = data["train"][0][: step5.PLAIN_CALIBRATION_ROWS]
+def plain_way(workdir: Path, data: Row, cost: Row, calibration: np.ndarray) -> Iterator[Row]:
+    """The most accurate float network of step 3 with n_bits only, ten rows of calibration, the sigmoid encrypted."""
+    path = step5.most_accurate(networks.by_rank(workdir, ".onnx"), data)
+    few = calibration[: step5.PLAIN_CALIBRATION_ROWS]
     for bits in step5.PLAIN_BITS:
-        row = {"name": f"plain {bits} bits", "kind": "plain way"}
-        try:
-            module = circuit.compile_network(graph, bits, calibration, circuit.PLAIN)
-        except circuit.CIRCUIT_ERRORS as error:
-            yield row | {"note": f"does not compile: {common.first_line(error)}"}
-            continue
-        for part, key in (("test", "accuracy"), ("val", "accuracy_validation")):
-            X, y = data[part]
-            row[key] = float(np.mean((circuit.outputs(module, X, "disable") > 0.5) == y))
-        yield row | run_circuit(
-            module.fhe_circuit,
-            module.quantize_input,
-            lambda q, m=module: m.dequantize_output(q).ravel()[0],
-            cost,
-            data,
-            0.5,
-        )
+        job = experiment.make_job(path, bits, circuit.PLAIN, data, few, {})
+        yield measured(job, f"plain {bits} bits", "plain way", data, cost, np.array([], dtype=int))
 
 
 def concrete_ml_models(data: Row, cost: Row, seed: int) -> Iterator[Row]:
@@ -132,6 +113,7 @@ def concrete_ml_models(data: Row, cost: Row, seed: int) -> Iterator[Row]:
             module__n_layers=layers + 1,
             module__n_w_bits=bits,
             module__n_a_bits=bits,
+            module__power_of_two_scaling=False,  # three times fewer PBS than with it
             module__n_hidden_neurons_multiplier=2,
             max_epochs=30,
             batch_size=64,
@@ -215,6 +197,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     X, y = data["test"]
     drawn = np.sort(np.random.default_rng(args.seed).choice(len(y), SAMPLES, replace=False))
     data["drawn"] = (X[drawn], y[drawn])
+    order = np.random.default_rng(args.seed).permutation(len(data["train"][0]))
+    calibration = data["train"][0][order[: step5.CALIBRATION_ROWS]]  # as in step 5
     print("measuring this machine ...", flush=True)
     setting = circuit.Setting(step5.ROUNDING_BITS, step5.P_ERROR, 0.0)
     cost = {"seconds_per_unit": circuit.calibrate_machine(setting, args.seed).unit}
@@ -223,8 +207,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with warnings.catch_warnings(), tqdm(desc="models", unit="model") as bar:
         warnings.simplefilter("ignore")  # scikit-learn's and skorch's own deprecations
         for source in (
-            pipeline(args.workdir, data, cost, args.seed),
-            plain_way(args.workdir, data, cost, args.seed),
+            pipeline(args.workdir, data, cost, calibration),
+            plain_way(args.workdir, data, cost, calibration),
             concrete_ml_models(data, cost, args.seed),
             ckks(data, args.seed),
         ):
