@@ -1,9 +1,9 @@
 """What this pipeline gives against what else a user could pick, measured in one run on the same arrays.
 
-Measured are the configurations on the front of fhe_summary.xlsx (python fhe_experiments.py makes it), the plain way (the
-best float network of step 3 with n_bits only), Concrete ML's own models and, where TenSEAL is installed, an MLP with
-square activation under CKKS. Accuracy is that of the quantized model on the whole test set; seconds are encrypted, one
-beat at a time.
+Measured are the configurations on the front of fhe_summary.xlsx (python fhe_experiments.py makes it), the plain way
+(the best float network of step 3 with n_bits only), Concrete ML's own models and, where TenSEAL is installed, an MLP
+with square activation under CKKS. Accuracy is that of the quantized model on the whole test set; seconds are encrypted,
+one beat at a time.
 
 Reads   what steps 1 to 5 left in --workdir, and the arrays in --data-dir
 Writes  benchmark.xlsx to --workdir, and fhe_frontier.png again, now with these models
