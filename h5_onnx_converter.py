@@ -102,8 +102,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         quantized[source] = read_h5(source, made_by)
     rows, written = [], set()
     folder = args.workdir / "quantized"
-    if any(quantized.values()):
-        folder.mkdir(exist_ok=True)
     for source, model in models.items():
         target = args.workdir / f"{source.stem}.onnx"
         graph = convert(model)

@@ -65,7 +65,7 @@ def test_clear_accuracy_is_that_of_the_quantized_network_on_the_whole_test_set(r
     data = pre.load_arrays(arrays)
     model = circuit.without_sigmoid(circuit.load_network(results / "small.onnx"))
     calibration = data["train"][0][np.random.default_rng(42).permutation(3000)[: step5.CALIBRATION_ROWS]]
-    module = circuit.compile_network(model, 5, calibration, circuit.Setting(6, 2.0**-40, 0.0))
+    module = circuit.compile_network(model, 5, calibration, circuit.Setting(step5.ROUNDING_BITS, 2.0**-40, 0.0))
     accuracy = np.mean((circuit.outputs(module, data["test"][0], "disable") > 0) == data["test"][1])
     rows = pd.read_excel(results / "results_batch_3.xlsx")
     assert rows.loc[1, "accuracy_clear_test_set"] == pytest.approx(accuracy, abs=1e-9)
@@ -152,7 +152,8 @@ def test_the_reference_keeps_the_sigmoid_and_does_not_round(arrays, tmp_path):
     assert sheets["predictions"]["output_clear"].between(0, 1).all()
     assert sheets["results"].loc[0, "outputs_equal_clear"] == 1  # without rounding the encrypted output is exact
     settings = dict(sheets["settings"].to_numpy())
-    assert settings["rounding_bits"] == "none"
+    assert sheets["results"].loc[0, "way"] == "plain"
+    assert pd.isna(sheets["results"].loc[0, "rounding_bits"])
     assert settings["p_error"] == 2.0**-40
 
 
