@@ -32,6 +32,7 @@ SUMMARY_COLUMNS = (
     "accuracy_fhe_high95 decisions_equal_clear run_seconds run_seconds_iqr encrypt_seconds decrypt_seconds keygen_time "
     "evaluation_keys_MB input_ciphertext_kB output_ciphertext_kB batches processor cores status reason"
 ).split()
+MARKERS = {"plain way": "D", "Concrete ML's models": "s", "CKKS": "^"}
 POINT_COLUMNS = ["name", "kind", "accuracy", "complexity", "seconds"]  # of models that the picture shows beside ours
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile)
 
@@ -224,7 +225,8 @@ def plot_frontier(summary: pd.DataFrame, others: pd.DataFrame, path: Path) -> No
             axis.scatter(group[cost], clipped(group["accuracy_clear_test_set"]), s=28, label=f"{bits} bits", zorder=3)
         front = table[table["on_front"]].sort_values(cost)
         axis.plot(front[cost], clipped(front["accuracy_clear_test_set"]), color="black", lw=1, label="front")
-        for (kind, group), marker in zip(others[others[other_cost].notna()].groupby("kind"), "sDv^"):
+        for kind, group in others[others[other_cost].notna()].groupby("kind"):
+            marker = MARKERS.get(kind, "v")
             points = axis.scatter(
                 group[other_cost], clipped(group["accuracy"]), marker=marker, s=40, label=kind, zorder=2
             )
@@ -232,7 +234,7 @@ def plot_frontier(summary: pd.DataFrame, others: pd.DataFrame, path: Path) -> No
             points.set_edgecolor("black")
             for _, row in group.iterrows():
                 at = (row[other_cost], clipped(row["accuracy"]))
-                dear = row[other_cost] > others[other_cost].max() / 10  # its name would leave the picture
+                dear = row[other_cost] > others[other_cost].max() / 20  # its name would leave the picture
                 place = {"xytext": (-5, -9), "ha": "right"} if dear else {"xytext": (5, -9)}
                 axis.annotate(row["name"], at, textcoords="offset points", fontsize=7, **place)
         axis.set(xscale="log", yscale="logit", xlabel=label)
@@ -241,7 +243,7 @@ def plot_frontier(summary: pd.DataFrame, others: pd.DataFrame, path: Path) -> No
         axis.set_yticks([0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99], minor=False)
         axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
         axis.yaxis.set_minor_formatter("")
-    axes[0].legend(loc="lower right", fontsize=8)
+    axes[0].legend(loc="lower left", fontsize=8)
     figure.suptitle("Price of encrypted inference (front: best validation accuracy at its price)")
     save_figure(figure, path)
 
@@ -265,4 +267,6 @@ def other_points(plain: pd.DataFrame, benchmark: pd.DataFrame) -> pd.DataFrame:
     plain = plain.reindex(columns=["q_bits", "accuracy_clear_test_set", "complexity"]).dropna()
     points = pd.DataFrame({"name": [f"plain {bits} bits" for bits in plain["q_bits"]], "kind": "plain way"})
     points["accuracy"], points["complexity"] = plain[["accuracy_clear_test_set", "complexity"]].to_numpy().T
+    if (benchmark["kind"] == "plain way").any():  # which has the same points, and seconds
+        points = points[:0]
     return pd.concat([points, benchmark]).reindex(columns=POINT_COLUMNS).dropna(subset="accuracy")
