@@ -182,6 +182,7 @@ def test_an_interrupt_ends_within_seconds_and_says_how_to_go_on(arrays, tmp_path
     process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while "waiting" not in process.stdout.readline():
         assert process.poll() is None
+    time.sleep(1)  # until it is in the call that it announced
     started = time.monotonic()
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=30)
