@@ -43,8 +43,7 @@ from fhe_mlp.common import (
     only_run_in,
     positive_float,
     positive_int,
-    prompt_interrupt,
-    run_and_leave,
+    run_in_child,
 )
 from fhe_mlp.deployment import export
 from fhe_mlp.experiment import CODE_SHA256, Data, Job, accuracies, drawn_rows, make_job, price, versions
@@ -65,6 +64,7 @@ SIMULATED_ROWS = 500  # test rows for the simulated accuracy; simulation takes m
 ROUNDING_BITS = 6  # leading accumulator bits kept where Concrete ML quantizes; step 3's networks have their own
 P_ERROR = 2.0**-13  # chance that one bootstrap is off by one step; Concrete ML's default is 2^-40
 MAX_SECONDS = 60.0  # seconds a sample above which a configuration is not run
+GO_ON = "what is finished is saved in results_batch_*.xlsx; the same command goes on from there"  # after Ctrl-C
 SHOWN = ["model_name", "q_bits", "rounding_bits", "complexity", "times_cheaper_than_plain", "accuracy_clear_test_set"]
 SHOWN += ["accuracy_simulated", "run_seconds", "n", "accuracy_fhe", "on_front", "status"]  # columns printed at the end
 
@@ -220,9 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = described_settings(args, setting, plain_network)
     benchmark = read_benchmark(args.workdir)
     drawn = {b: drawn_rows(b, args.batch_size, args.samples, rows_in_test, args.seed) for b in batches}
-    go_on = f"what is finished is saved in {args.workdir / 'results_batch_*.xlsx'}; the same command goes on from there"
     with contextlib.ExitStack() as stack:
-        stack.enter_context(prompt_interrupt(go_on))
         if not args.dry_run:
             stack.enter_context(only_run_in(args.workdir))
         workbooks = Workbooks(args.workdir, [job.key for job in known.values()], settings)
@@ -251,4 +249,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_and_leave(main)
+    run_in_child(main, GO_ON)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 LOCAL = "local:"  # before the number of workers on this machine
 CONNECT_SECONDS = 15  # that a scheduler, and its first worker, may take to answer
+REFRESH_SECONDS = 5  # after which the bar is drawn again while nothing is finished
 ONE_AT_A_TIME = threading.Lock()  # of a worker's process, however many threads it has: latencies stay honest
 
 
@@ -28,11 +30,15 @@ def connect(address: str) -> Iterator[Client]:
     Raises InputError when none answers or it has no worker.
     """
     import dask
+
+    # Before Dask is loaded: what it would log is told in our own lines; and keys take longer than its patience.
+    quiet = {"distributed": "critical", "distributed.client": "critical"}
+    dask.config.set({"logging": quiet, "distributed.scheduler.worker-ttl": None})
     from distributed import Client, LocalCluster
 
-    dask.config.set({"logging.distributed": "error", "distributed.scheduler.worker-ttl": None})
     with contextlib.ExitStack() as stack:
         if address.startswith(LOCAL):
+            os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # speaks of what it tidies up after Ctrl-C
             workers = int(address.removeprefix(LOCAL))
             cluster = LocalCluster(n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address=None)
             client = Client(stack.enter_context(cluster))
@@ -46,6 +52,18 @@ def connect(address: str) -> Iterator[Client]:
                     "start them with: python -m dask scheduler, and: python -m dask worker ADDRESS --nthreads 1"
                 ) from None
         yield stack.enter_context(client)
+
+
+def check_workers(client: Client, address: str) -> None:
+    """Raises InputError unless scheduler and workers can load this pipeline: one that cannot would leave, unheard."""
+    try:
+        client.run_on_scheduler(versions)
+        client.run(versions)
+    except Exception as error:  # Dask wraps a worker's error in a plain Exception
+        raise InputError(
+            f"--scheduler {address}: its processes cannot load the pipeline ({first_line(error)}); "
+            "start scheduler and workers in the folder of a clone that is set up like this one"
+        ) from None
 
 
 def share_of_cores(cores: Sequence[int], number: int, workers: int) -> set[int]:
@@ -73,20 +91,41 @@ def run_on_worker(task: Task, data: Data, simulated: np.ndarray, limit: float, s
 
 
 def run_on_cluster(
-    client: Client, address: str, tasks: Sequence[Task], data: Data, simulated: np.ndarray, limit: float
+    client: Client,
+    address: str,
+    tasks: Sequence[Task],
+    data: Data,
+    simulated: np.ndarray,
+    limit: float,
+    tick: Callable[[str], None],
 ) -> Iterator[tuple[Task, list[Result]]]:
-    """Yield each configuration with its results, in the order in which they come back.
+    """Yield each configuration with its results, in the order in which they come back; `tick` hears of the workers.
 
     A worker that dies loses only what it was running, which goes to another one; a configuration that took several
-    workers with it is a failed row.
+    workers with it is a failed row. Raises InputError for a worker that does not have this pipeline, or when the
+    scheduler is lost.
     """
-    from distributed import KilledWorker, as_completed
+    from distributed import KilledWorker, wait
 
+    check_workers(client, address)
     sharing = int(address.removeprefix(LOCAL)) if address.startswith(LOCAL) else None
     sent = {part: data[part] for part in ("val", "test")}
     futures = {client.submit(run_on_worker, t, sent, simulated, limit, sharing, pure=False): t for t in tasks}
-    for future in as_completed(futures):
+    while futures:
+        workers = len(client.scheduler_info(n_workers=-1)["workers"])
+        tick(f"workers: {workers}" if workers else "waiting for a worker to come back")
         try:
-            yield futures[future], future.result()
-        except KilledWorker:
-            yield futures[future], failed_results(futures[future], "its workers died, several in a row")
+            finished = wait(list(futures), timeout=REFRESH_SECONDS, return_when="FIRST_COMPLETED").done
+        except TimeoutError:
+            continue
+        except CancelledError:
+            raise InputError(
+                f"--scheduler {address}: it is gone; start it and its workers, then run this again"
+            ) from None
+        for future in finished:
+            task = futures.pop(future)
+            try:
+                results = future.result()
+            except KilledWorker:
+                results = failed_results(task, "its workers died, several in a row")
+            yield task, results

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -11,8 +12,8 @@ import os
 import platform
 import re
 import signal
-import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -26,6 +27,10 @@ matplotlib.use("Agg")  # pictures go to files; no window, no display needed
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 42
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+PATIENCE = 2.0  # seconds that an interrupted child has to end by itself
+POLL_SECONDS = 0.1
+PR_SET_PDEATHSIG = 1  # of prctl(2): which signal a process gets when its parent dies
 HEADER_COLOUR = "1F4E79"  # of workbooks
 NUMBER_FORMATS = {  # of workbook columns, by a part of their name
     "accuracy|^output_[cf]": "0.0000",
@@ -46,8 +51,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call `main` as a command: bad input, a full disk or a read-only folder is one line and exit status 2."""
+def run(main: Callable[[], None], say: str = "finished files are whole, run it again") -> None:
+    """Call `main` as a command: bad input, a full disk or a read-only folder is one line and exit status 2.
+
+    say: after "interrupted; ", when it is.
+    """
     try:
         main()
     except InputError as error:
@@ -57,20 +65,19 @@ def run(main: Callable[[], None]) -> None:
         where = f"{error.filename}: " if error.filename else ""
         print(f"{Path(sys.argv[0]).name}: {where}{error.strerror or first_line(error)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as error:
-        what = str(error) or "finished files are whole, run it again"
-        print(f"\n{Path(sys.argv[0]).name}: interrupted; {what}", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).name}: interrupted; {say}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
-def run_and_leave(main: Callable[[], None]) -> None:
+def run_and_leave(main: Callable[[], None], say: str) -> None:
     """`run` for a command that executes circuits, with the exit status that it should have.
 
     Concrete's runtime, once it has started, ends every process with status 0, whatever Python says.
     """
     status: Any = 0
     try:
-        run(main)
+        run(main, say)
     except SystemExit as stop:
         status = stop.code
     except BaseException:
@@ -84,31 +91,34 @@ def run_and_leave(main: Callable[[], None]) -> None:
     os._exit(status or 0)
 
 
-@contextlib.contextmanager
-def prompt_interrupt(say: str) -> Iterator[None]:
-    """Make Ctrl-C end this process within seconds, with the line `say`, whatever it is doing.
+def run_in_child(main: Callable[[], None], say: str) -> None:
+    """`run_and_leave` in a child process, so that Ctrl-C ends it within seconds, with one line that ends in `say`.
 
-    Compiling and making keys hold the interpreter for minutes, so that no Python code of this process runs. Its signal
-    handler in C still writes to a pipe; a small process at the other end (watcher.py) speaks and ends this one when it
-    has not ended by itself.
+    While it compiles, makes keys or computes, Concrete holds the interpreter, up to minutes, and answers SIGINT with
+    SIGKILL of its own process (SignalGuard in its Python bindings), so that this process could not say anything.
     """
-    command = [
-        sys.executable,
-        str(Path(__file__).with_name("watcher.py")),
-        str(os.getpid()),
-        Path(sys.argv[0]).name,
-        say,
-    ]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as watcher:
-        os.set_blocking(watcher.stdin.fileno(), False)
-        before = signal.set_wakeup_fd(watcher.stdin.fileno(), warn_on_full_buffer=False)
-        try:
-            yield
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(say) from None
-        finally:
-            signal.set_wakeup_fd(before)
-            watcher.kill()
+    received = []
+    signal.signal(signal.SIGINT, lambda *_: received.append(time.monotonic()))
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # never outlives this process, however that ends
+        run_and_leave(main, say)
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        time.sleep(POLL_SECONDS)
+        if received and time.monotonic() - received[0] > PATIENCE:
+            os.kill(child, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(ended[1])
+    if status == INTERRUPTED:  # it has spoken itself
+        sys.exit(INTERRUPTED)
+    if received:
+        print(f"\n{Path(sys.argv[0]).name}: interrupted; {say}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    if status < 0:  # as the kernel does when memory runs out
+        what = f"ended by {signal.Signals(-status).name}"
+        print(f"\n{Path(sys.argv[0]).name}: {what}; {say}", file=sys.stderr)
+        sys.exit(128 - status)
+    sys.exit(status)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

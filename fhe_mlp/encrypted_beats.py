@@ -19,6 +19,7 @@ import json
 import os
 import secrets
 import sys
+import tempfile
 import traceback
 import zipfile
 from collections.abc import Sequence
@@ -101,14 +102,21 @@ def make_keys(folder: Path, keys: Path, target: Path) -> None:
     """Make secret keys, readable by their owner only, and the evaluation keys that the server needs."""
     if keys.exists():
         raise Refusal(f"{keys}: is there already; what was encrypted with it can only be decrypted with it")
-    client, model = load_client(folder, keys)
-    keys.mkdir(mode=0o700, parents=True)
-    client.generate_private_and_evaluation_keys()
-    name = secrets.token_hex(8)
-    files = sorted(str(path.relative_to(keys)) for path in [*keys.rglob("*"), keys / "about.json"] if not path.is_dir())
-    (keys / "about.json").write_text(json.dumps({"model": model["model"], "key": name, "files": files}))
-    header = {"kind": "evaluation keys", "model": model["model"], "key": name}
-    write_box(target, header, [client.get_serialized_evaluation_keys()])
+    keys.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        dir=keys.parent, prefix=f".{keys.name}."
+    ) as temporary:  # so that all or none is left
+        whole = Path(temporary) / "keys"
+        client, model = load_client(folder, whole)
+        whole.mkdir(mode=0o700)
+        client.generate_private_and_evaluation_keys()
+        name = secrets.token_hex(8)
+        files = [path for path in whole.rglob("*") if path.is_file()]
+        files = sorted(str(path.relative_to(whole)) for path in [*files, whole / "about.json"])
+        (whole / "about.json").write_text(json.dumps({"model": model["model"], "key": name, "files": files}))
+        header = {"kind": "evaluation keys", "model": model["model"], "key": name}
+        write_box(target, header, [client.get_serialized_evaluation_keys()])
+        whole.rename(keys)
 
 
 def read_beats(path: Path, features: Sequence[str]) -> np.ndarray:

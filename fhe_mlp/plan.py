@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -67,7 +68,8 @@ def run_plan(
         show(0)
         if scheduler:
             with connect(scheduler) as client:
-                for task, results in run_on_cluster(client, scheduler, tasks, data, simulated, limit):
+                tell = functools.partial(show, 0)
+                for task, results in run_on_cluster(client, scheduler, tasks, data, simulated, limit, tell):
                     yield from results
                     ready += 1
                     samples += task.samples

@@ -232,4 +232,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    common.run_and_leave(main)
+    common.run_in_child(main, "nothing is saved, run it again")

@@ -122,6 +122,43 @@ def test_a_worker_of_another_version_is_refused(monkeypatch, name):
         cluster.run_on_worker(task, {}, np.array([]), 1.0, None)
 
 
+class FakeClient:
+    """A client of a scheduler whose processes do, or do not, have the pipeline."""
+
+    def __init__(self, error=None):
+        self.error = error
+
+    def run(self, function):
+        if self.error:
+            raise self.error
+        return function()
+
+    run_on_scheduler = run
+
+    def submit(self, function, task, *args, **options):
+        return task.job.model_name
+
+    def scheduler_info(self, n_workers):
+        return {"workers": {}}
+
+
+@pytest.mark.parametrize("what", ["without the pipeline", "gone"])
+def test_a_scheduler_without_the_pipeline_or_gone_is_one_line(monkeypatch, what):
+    import distributed
+
+    def lost(futures, timeout, return_when):
+        raise distributed.client.FuturesCancelledError([])
+
+    monkeypatch.setattr(distributed, "wait", lost)
+    task = experiment.Task(experiment.Job("m", 2, b"", None, Setting(6, 0.1, 0.0), np.zeros((1, 32)), {}), {}, {}, 1.0)
+    client = FakeClient(ModuleNotFoundError("No module named 'fhe_mlp'") if what == "without the pipeline" else None)
+    data = {"val": (), "test": ()}
+    told = []
+    with pytest.raises(InputError, match=r"^--scheduler tcp://there: .*(cannot load the pipeline|is gone)"):
+        list(cluster.run_on_cluster(client, "tcp://there", [task], data, np.array([]), 1.0, told.append))
+    assert told == ([] if what == "without the pipeline" else ["waiting for a worker to come back"])
+
+
 def test_a_configuration_that_takes_workers_with_it_is_a_row():
     job = experiment.Job("m", 2, b"", None, Setting(6, 2.0**-13, 0.0), np.zeros((1, 32)), {"identity": "a"})
     task = experiment.Task(job, {"status": "ok", "complexity": 1e9}, {3: np.arange(5), 4: np.arange(2)}, 1.0)

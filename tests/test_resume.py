@@ -38,10 +38,10 @@ def options(arrays, folder, *more):
 def command(*argv):
     """Step 5 in a process of its own, with the plain way's prices cut short as in the other tests."""
     code = (
-        "import sys, fhe_experiments as s\nfrom fhe_mlp.common import run_and_leave\n"
+        "import sys, fhe_experiments as s\nfrom fhe_mlp.common import run_in_child\n"
         f"s.PLAIN_BITS, s.SIMULATED_ROWS = {PLAIN_BITS}, {step5.SIMULATED_ROWS}\n"
         f"s.ROUNDING_BITS = {step5.ROUNDING_BITS}\n"
-        "sys.argv[0] = 'fhe_experiments.py'\nrun_and_leave(lambda: s.main(sys.argv[1:]))\n"
+        "sys.argv[0] = 'fhe_experiments.py'\nrun_in_child(lambda: s.main(sys.argv[1:]), s.GO_ON)\n"
     )
     return [sys.executable, "-c", code, *argv]
 
@@ -83,6 +83,7 @@ def test_a_killed_run_leaves_whole_workbooks_and_the_same_command_does_only_the_
             time.sleep(0.01)
         process.kill()
         process.wait()
+    time.sleep(0.5)  # what it started ends with it, but not before it
     before = {b: pd.read_excel(tmp_path / f"results_batch_{b}.xlsx") for b in (0, 1)}
     assert all(rows["q_bits"].iloc[0] == 2 and len(rows) <= 2 for rows in before.values())
     finished = sum(map(len, before.values()))
@@ -168,30 +169,45 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(arrays, tmp_path, capsys):
     assert re.search(r"2 configurations to do, 2 of them encrypted, on 8 rows in all: about [\d.]+ min", shown)
 
 
-@pytest.mark.parametrize("stuck", [False, True])
-def test_an_interrupt_ends_within_seconds_and_says_how_to_go_on(arrays, tmp_path, stuck):
-    """stuck: in a C call that never gives the interpreter back, as compiling and making keys do for minutes."""
-    wait = "m = ctypes.create_string_buffer(64); [ctypes.PyDLL(None).pthread_mutex_lock(m) for _ in range(2)]"
+WAITS = {  # what a run is doing when it is interrupted
+    "in Python": "time.sleep(60)",
+    "in a C call that never gives the interpreter back": (
+        "m = ctypes.create_string_buffer(64); [ctypes.PyDLL(None).pthread_mutex_lock(m) for _ in range(2)]"
+    ),
+    "in Concrete, which answers with SIGKILL of its own process": (
+        "module = experiment.compile_job(job); circuit.make_keys(module); "
+        "[circuit.run_encrypted(module, job.calibration[0]) for _ in range(10_000)]"
+    ),
+    "killed for want of memory": "os.kill(os.getpid(), 9)",
+}
+
+
+@pytest.mark.parametrize("waits", WAITS)
+def test_an_interrupt_ends_within_seconds_and_says_how_to_go_on(arrays, tmp_path, waits):
     code = (
-        "import ctypes, sys, time, fhe_experiments as s\nfrom fhe_mlp import plan\n"
-        "from fhe_mlp.common import run_and_leave\n"
-        f"def wait(job):\n    print('waiting', flush=True)\n    {wait if stuck else 'time.sleep(60)'}\n"
-        "plan.price = wait\nsys.argv[0] = 'fhe_experiments.py'\nrun_and_leave(lambda: s.main(sys.argv[1:]))\n"
+        "import ctypes, os, sys, time, fhe_experiments as s\nfrom fhe_mlp import circuit, experiment, plan\n"
+        "from fhe_mlp.common import run_in_child\n"
+        f"def wait(job):\n    print('waiting', os.getpid(), flush=True)\n    {WAITS[waits]}\n"
+        "plan.price = wait\nsys.argv[0] = 'fhe_experiments.py'\n"
+        "run_in_child(lambda: s.main(sys.argv[1:]), s.GO_ON)\n"
     )
     argv = [sys.executable, "-c", code, *options(arrays, tmp_path, "--bits", "2")]
     process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while "waiting" not in process.stdout.readline():
+    while not (line := process.stdout.readline()).startswith("waiting"):
         assert process.poll() is None
-    time.sleep(1)  # until it is in the call that it announced
+    time.sleep(3)  # until it is in the call that it announced
     started = time.monotonic()
-    os.kill(process.pid, signal.SIGINT)
+    what, status = ("ended by SIGKILL", 137) if waits.startswith("killed") else ("interrupted", 130)
+    if status == 130:
+        os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert time.monotonic() - started < 6
-    assert process.returncode == (-signal.SIGTERM if stuck else 130)
-    lines = [line for line in errors.splitlines() if "interrupted" in line]
-    assert len(lines) == 1
-    assert "results_batch_*.xlsx; the same command goes on from there" in lines[0]
+    assert process.returncode == status
+    lines = [line for line in errors.splitlines() if line.startswith("fhe_experiments.py: ")]
+    assert lines == [f"fhe_experiments.py: {what}; {step5.GO_ON}"]
     assert "Traceback" not in errors
+    with pytest.raises(ProcessLookupError):  # nothing that it started is left
+        os.kill(int(line.split()[1]), 0)
 
 
 def test_times_of_unlike_machines_are_not_averaged():
