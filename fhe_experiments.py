@@ -22,8 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,8 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from fhe_mlp.circuit import PLAIN, Setting, calibrate_machine, load_network
-from fhe_mlp.cluster import LOCAL
+from fhe_mlp.circuit import PLAIN, Setting, calibrate_machine
+from fhe_mlp.cluster import LOCAL, scheduler_address
 from fhe_mlp.common import (
     InputError,
     check_writable,
@@ -48,7 +47,7 @@ from fhe_mlp.common import (
 from fhe_mlp.deployment import export
 from fhe_mlp.experiment import CODE_SHA256, Data, Job, accuracies, drawn_rows, make_job, price, versions
 from fhe_mlp.networks import by_rank
-from fhe_mlp.plan import make_plan, print_plan, run_plan
+from fhe_mlp.plan import make_plan, most_accurate, print_plan, run_plan
 from fhe_mlp.quantized import BITS
 from fhe_mlp.results import Workbooks, other_points, plot_frontier, read_benchmark, read_plain, write_summary
 from preprocess_mitbih import load_arrays
@@ -67,18 +66,6 @@ MAX_SECONDS = 60.0  # seconds a sample above which a configuration is not run
 GO_ON = "what is finished is saved in results_batch_*.xlsx; the same command goes on from there"  # after Ctrl-C
 SHOWN = ["model_name", "q_bits", "rounding_bits", "complexity", "times_cheaper_than_plain", "accuracy_clear_test_set"]
 SHOWN += ["accuracy_simulated", "run_seconds", "n", "accuracy_fhe", "on_front", "status"]  # columns printed at the end
-
-
-def most_accurate(paths: Iterable[Path], data: Data) -> Path:
-    """The float network with the best validation accuracy: what one would encrypt the plain way."""
-    import onnxruntime
-
-    def accuracy(path: Path) -> float:
-        session = onnxruntime.InferenceSession(load_network(path).SerializeToString())
-        probability = session.run(None, {session.get_inputs()[0].name: data["val"][0]})[0][:, 0]
-        return float(np.mean((probability > 0.5) == data["val"][1]))
-
-    return max(paths, key=accuracy)
 
 
 def plain_prices(path: Path, data: Data, calibration: np.ndarray, basis: dict[str, Any], workdir: Path) -> pd.DataFrame:
@@ -106,14 +93,6 @@ def plain_prices(path: Path, data: Data, calibration: np.ndarray, basis: dict[st
     return table
 
 
-def scheduler(text: str) -> str:
-    """argparse type: an address, or local:N with at most as many workers as this machine has cores."""
-    workers = text.removeprefix(LOCAL)
-    if text.startswith(LOCAL) and not (workers.isdecimal() and 0 < int(workers) <= os.cpu_count()):
-        raise argparse.ArgumentTypeError(f"{text!r}: give {LOCAL}1 to {LOCAL}{os.cpu_count()}, a worker a core at most")
-    return text
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = make_parser(__doc__)
@@ -131,13 +110,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     option("--p-error", type=float, default=P_ERROR, help="chance that one bootstrap is off by one step")
     option("--reference", action="store_true", help="the plain way: no rounding, p_error 2^-40")
     option("--dry-run", action="store_true", help="print the plan, run nothing, write nothing")
-    option("--scheduler", type=scheduler, help="Dask scheduler (tcp://HOST:8786), or local:N for N processes here")
+    option(
+        "--scheduler", type=scheduler_address, help="Dask scheduler (tcp://HOST:8786), or local:N for N processes here"
+    )
     option(
         "--export", type=Path, metavar="DIR", help="write client and server for the best of the named models and bits"
     )
     args = parser.parse_args(argv)
     if not 2.0**-60 <= args.p_error < 1:
         parser.error("--p-error must lie between 2^-60 and 1")
+    if args.export and (args.dry_run or args.scheduler):
+        parser.error("--export goes with neither --dry-run nor --scheduler")
     return args
 
 
@@ -180,28 +163,37 @@ def described_settings(args: argparse.Namespace, setting: Setting, plain: Path) 
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Compile all, tell what it will take, run encrypted what is affordable and not yet done."""
-    args = parse_arguments(argv)
-    if not args.dry_run:
-        check_writable(args.export or args.workdir)
-    data = load_arrays(args.data_dir)
-    rows_in_test = len(data["test"][1])
-    batches = range(args.start_batch, args.start_batch + args.batches)
-    if batches[-1] * args.batch_size >= rows_in_test:
-        last = (rows_in_test - 1) // args.batch_size
-        raise InputError(f"batch {batches[-1]} does not exist, the last is {last}; see --start-batch and --batches")
+def chosen_networks(args: argparse.Namespace) -> list[Path]:
+    """Paths of the float networks that are asked for. Raises InputError where there are none or names collide."""
     paths = args.models or by_rank(args.workdir, ".onnx")[: args.top]
     if not paths:
         raise InputError(f"{args.workdir}: no pruned_model_top_*.onnx; make them with: python h5_onnx_converter.py")
     if len({path.stem for path in paths}) < len(paths):
         raise InputError("--models: two files have the same name; their rows could not be told apart")
+    return paths
+
+
+def drawn_by_batch(args: argparse.Namespace, rows: int) -> dict[int, np.ndarray]:
+    """Indices of the drawn test rows, of `rows`, by number of the batch. Raises InputError past the last one."""
+    batches = range(args.start_batch, args.start_batch + args.batches)
+    last = (rows - 1) // args.batch_size
+    if batches[-1] > last:
+        raise InputError(f"batch {batches[-1]} does not exist, the last is {last}; see --start-batch and --batches")
+    return {batch: drawn_rows(batch, args.batch_size, args.samples, rows, args.seed) for batch in batches}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compile all, tell what it will take, run encrypted what is affordable and not yet done."""
+    args = parse_arguments(argv)
+    data = load_arrays(args.data_dir)
+    drawn = drawn_by_batch(args, len(data["test"][1]))
+    paths = chosen_networks(args)
     setting = PLAIN if args.reference else Setting(args.rounding_bits, args.p_error, 0.0, not args.post_training)
     rng = np.random.default_rng(args.seed)
     calibration = data["train"][0][rng.permutation(len(data["train"][0]))[:CALIBRATION_ROWS]]
     if setting == PLAIN:
         calibration = calibration[:PLAIN_CALIBRATION_ROWS]
-    simulated = np.sort(rng.permutation(rows_in_test)[:SIMULATED_ROWS])
+    simulated = np.sort(rng.permutation(len(data["test"][1]))[:SIMULATED_ROWS])
     basis = {
         "data_sha256": digest(b"".join(array.tobytes() for part in data.values() for array in part)),
         "code_sha256": CODE_SHA256,
@@ -219,16 +211,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     plain_network = most_accurate(dict.fromkeys(path for path, _ in known), data)
     settings = described_settings(args, setting, plain_network)
     benchmark = read_benchmark(args.workdir)
-    drawn = {b: drawn_rows(b, args.batch_size, args.samples, rows_in_test, args.seed) for b in batches}
     with contextlib.ExitStack() as stack:
         if not args.dry_run:
+            check_writable(args.workdir)
             stack.enter_context(only_run_in(args.workdir))
         workbooks = Workbooks(args.workdir, [job.key for job in known.values()], settings)
         print("measuring this machine ...", flush=True)
         speed = calibrate_machine(setting, args.seed)
         missing = {job: {b: rows for b, rows in drawn.items() if not workbooks.finished(job.key, b)} for job in jobs}
         missing = {job: rows for job, rows in missing.items() if rows}
-        tasks = make_plan(missing, speed, args.max_seconds, SIMULATED_ROWS)
+        here = args.scheduler is None or args.scheduler.startswith(LOCAL)
+        tasks = make_plan(missing, speed, args.max_seconds, SIMULATED_ROWS, here)
         print_plan(tasks, len(jobs) - len(tasks))
         if args.dry_run:
             return
@@ -245,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         plot_frontier(summary, other_points(plain, benchmark), args.workdir / "fhe_frontier.png")
     shown = summary[[name for name in SHOWN if name in summary]]
     print(f"\n{shown.to_string(index=False, float_format='{:.4g}'.format)}\n")
-    print(f"wrote results of {len(batches)} batches, fhe_summary.xlsx and fhe_frontier.png to {args.workdir}")
+    print(f"wrote {len(drawn)} results_batch_*.xlsx, fhe_summary.xlsx and fhe_frontier.png to {args.workdir}")
 
 
 if __name__ == "__main__":

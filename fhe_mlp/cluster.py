@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import threading
@@ -21,6 +22,14 @@ LOCAL = "local:"  # before the number of workers on this machine
 CONNECT_SECONDS = 15  # that a scheduler, and its first worker, may take to answer
 REFRESH_SECONDS = 5  # after which the bar is drawn again while nothing is finished
 ONE_AT_A_TIME = threading.Lock()  # of a worker's process, however many threads it has: latencies stay honest
+
+
+def scheduler_address(text: str) -> str:
+    """argparse type: an address, or local:N with at most as many workers as this machine has cores."""
+    workers = text.removeprefix(LOCAL)
+    if text.startswith(LOCAL) and not (workers.isdecimal() and 0 < int(workers) <= os.cpu_count()):
+        raise argparse.ArgumentTypeError(f"{text!r}: give {LOCAL}1 to {LOCAL}{os.cpu_count()}, a worker a core at most")
+    return text
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import platform
 import re
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ SEED = 42
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 PATIENCE = 2.0  # seconds that an interrupted child has to end by itself
 POLL_SECONDS = 0.1
+WORKBOOK_BYTES = 200_000  # that a run needs at least
 PR_SET_PDEATHSIG = 1  # of prctl(2): which signal a process gets when its parent dies
 HEADER_COLOUR = "1F4E79"  # of workbooks
 NUMBER_FORMATS = {  # of workbook columns, by a part of their name
@@ -158,6 +160,12 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def unwritable(path: Path, error: OSError) -> InputError:
+    """What to raise when `path` cannot be written."""
+    reason = error.strerror or first_line(error)
+    return InputError(f"{path}: cannot be written ({reason}); free space or name another folder")
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to; it becomes `path` when all is written, and goes when that fails."""
@@ -169,8 +177,7 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())  # or a power cut could leave the new name without its content
         temporary.replace(path)
     except OSError as error:
-        reason = error.strerror or first_line(error)
-        raise InputError(f"{path}: cannot be written ({reason}); free space or name another folder") from None
+        raise unwritable(path, error) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -188,10 +195,13 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
 
 def check_writable(folder: Path) -> None:
-    """Make `folder` and try it, before hours of work. Raises InputError when nothing can be written there."""
-    with whole_file(folder / "writable.txt") as temporary:
-        temporary.write_text("")
-    (folder / "writable.txt").unlink()
+    """Make `folder` and try it, before hours of work. Raises InputError when a workbook could not be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(WORKBOOK_BYTES))
+    except OSError as error:
+        raise unwritable(folder, error) from None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -3,26 +3,46 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from fhe_mlp.circuit import Speed
+from fhe_mlp.circuit import Speed, load_network
 from fhe_mlp.cluster import connect, run_on_cluster
-from fhe_mlp.experiment import Data, Job, Result, Task, judge_time, price, run_task
+from fhe_mlp.experiment import Data, Job, Result, Task, judge_memory, judge_time, price, run_task
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, about {remaining} left{postfix}"
 
 
-def make_plan(jobs: dict[Job, dict[int, np.ndarray]], speed: Speed, limit: float, simulated_rows: int) -> list[Task]:
-    """Compile every configuration; jobs: their test rows by batch; limit: seconds a sample that are affordable."""
+def most_accurate(paths: Iterable[Path], data: Data) -> Path:
+    """The float network with the best validation accuracy: what one would encrypt the plain way."""
+    import onnxruntime
+
+    def accuracy(path: Path) -> float:
+        session = onnxruntime.InferenceSession(load_network(path).SerializeToString())
+        probability = session.run(None, {session.get_inputs()[0].name: data["val"][0]})[0][:, 0]
+        return float(np.mean((probability > 0.5) == data["val"][1]))
+
+    return max(paths, key=accuracy)
+
+
+def make_plan(
+    jobs: dict[Job, dict[int, np.ndarray]], speed: Speed, limit: float, simulated_rows: int, here: bool
+) -> list[Task]:
+    """Compile every configuration; jobs: their test rows by batch; limit: seconds a sample that are affordable.
+
+    here: whether this machine will run them, so that its memory counts.
+    """
     tasks = []
     for job, drawn in (bar := tqdm(jobs.items(), desc="compiling", unit="circuit", disable=not jobs)):
         bar.set_postfix_str(job.label)
         facts, _ = price(job)
         judge_time(facts, speed.unit, limit)
+        if here:
+            judge_memory(facts)
         seconds = 0.0
         if facts["status"] != "cannot compile":
             seconds = facts["compile_time"] + speed.simulated_pbs * facts["pbs"] * simulated_rows

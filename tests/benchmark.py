@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 import fhe_experiments as step5  # noqa: E402
 import preprocess_mitbih as pre  # noqa: E402
-from fhe_mlp import circuit, common, experiment, networks, results  # noqa: E402
+from fhe_mlp import circuit, common, experiment, networks, plan, results  # noqa: E402
 
 SAMPLES = 10  # encrypted beats of each model
 BUDGET_SECONDS = 10.0  # predicted for a beat, above which a model is not run encrypted
@@ -95,7 +95,7 @@ def pipeline(workdir: Path, data: Row, cost: Row, calibration: np.ndarray) -> It
 
 def plain_way(workdir: Path, data: Row, cost: Row, calibration: np.ndarray) -> Iterator[Row]:
     """The most accurate float network of step 3 with n_bits only, ten rows of calibration, the sigmoid encrypted."""
-    path = step5.most_accurate(networks.by_rank(workdir, ".onnx"), data)
+    path = plan.most_accurate(networks.by_rank(workdir, ".onnx"), data)
     few = calibration[: step5.PLAIN_CALIBRATION_ROWS]
     for bits in step5.PLAIN_BITS:
         job = experiment.make_job(path, bits, circuit.PLAIN, data, few, {})

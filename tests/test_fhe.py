@@ -221,5 +221,9 @@ def test_bad_input_is_refused_before_anything_is_written(arrays, tmp_path, capsy
     assert "--max-seconds" in refused("--models", good, "--max-seconds", "nan")
     assert "same name" in refused("--models", good, good)
     assert "--p-error" in refused("--models", good, "--p-error", "1.5")
+    for other in (["--dry-run"], ["--scheduler", "local:1"]):
+        assert "--export" in refused("--models", good, "--export", tmp_path / "new", *other)
+    assert "none.onnx" in refused("--models", tmp_path / "none.onnx", "--workdir", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
     assert "preprocess_mitbih.py" in refused("--data-dir", tmp_path)
     assert not list(tmp_path.glob("*.xlsx")) + list(tmp_path.glob("*.png"))

@@ -169,6 +169,20 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(arrays, tmp_path, capsys):
     assert re.search(r"2 configurations to do, 2 of them encrypted, on 8 rows in all: about [\d.]+ min", shown)
 
 
+def test_a_plan_tells_what_would_not_fit_into_this_machine(arrays, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiment, "MEMORY_PER_KEY_BYTE", 1e9)
+    for scheduler, told in (([], True), (["--scheduler", "tcp://elsewhere:1"], False)):
+        step5.main(options(arrays, tmp_path, "--bits", "2", "--dry-run", *scheduler))
+        assert ("too large" in capsys.readouterr().out) == told
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(arrays, tmp_path, capsys):
+    options(arrays, tmp_path)  # makes the network
+    argv = options(arrays, tmp_path, "--bits", "2", "--workdir", str(tmp_path / "small.onnx"))
+    assert "small.onnx: cannot be written" in refusal(step5.main, argv, capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small.onnx"]
+
+
 WAITS = {  # what a run is doing when it is interrupted
     "in Python": "time.sleep(60)",
     "in a C call that never gives the interpreter back": (
