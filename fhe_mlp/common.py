@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import fcntl
 import hashlib
+import io
 import json
 import os
 import platform
@@ -255,7 +256,8 @@ def write_workbook(path: Path, sheets: dict[str, pd.DataFrame]) -> None:
     """
     from openpyxl.styles import Alignment, Font, PatternFill
 
-    with whole_file(path) as temporary, pd.ExcelWriter(temporary, engine="openpyxl") as writer:
+    content = io.BytesIO()
+    with pd.ExcelWriter(content, engine="openpyxl") as writer:
         for title, table in sheets.items():
             table.to_excel(writer, sheet_name=title, index=False)
             sheet = writer.sheets[title]
@@ -281,3 +283,5 @@ def write_workbook(path: Path, sheets: dict[str, pd.DataFrame]) -> None:
                 )
                 width = max(longest, len(name) + 2)  # the filter's arrow needs room
                 sheet.column_dimensions[header.column_letter].width = min(60, width + 2)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content.getvalue())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,12 @@ PUBLISHED_COLUMNS = (
     "perc_ones_pred_clear perc_zeros_pred_clear fhe_time accuracy_fhe perc_ones_pred_fhe perc_zeros_pred_fhe"
 ).split()
 FINISHED = ("ok", "cannot compile")  # a configuration of another status is tried again
+REMEDY = "move it away or delete it, then run the same command again"
+PREDICTED_NUMBERS = (
+    "batch test_row label decision_clear decision_fhe output_clear output_fhe encrypt_seconds run_seconds "
+    "decrypt_seconds input_bytes output_bytes"
+).split()
+TEXT_COLUMNS = r"^(model_name|status|reason|way|host|processor|identity)$|_sha256$|^(concrete|onnx|numpy)"
 TEXTS = [
     "identity",
     "network_sha256",
@@ -46,6 +53,32 @@ def read_sheets(path: Path, names: Sequence[str], remedy: str) -> list[pd.DataFr
         raise InputError(f"{path}: cannot be read ({first_line(error)}); {remedy}") from None
 
 
+def check_sheets(path: Path, rows: pd.DataFrame, predictions: pd.DataFrame) -> None:
+    """Raises InputError unless the sheets of a results workbook are as they were written, with all their numbers."""
+    try:
+        if rows["identity"].duplicated().any():
+            raise ValueError("two rows of one identity")
+        if rows[["model_name", "status"]].isna().any(axis=None):
+            raise ValueError("a row without model or status")
+        numbers = [name for name in rows if not re.search(TEXT_COLUMNS, name)]
+        for table, names in ((rows, numbers), (predictions, PREDICTED_NUMBERS if len(predictions) else [])):
+            for name in names:
+                if table[name].dtype.kind not in "fiub" and table[name].notna().any():
+                    raise ValueError(f"column {name} holds text")
+        if rows[["num_items", "batch", "q_bits"]].isna().any(axis=None):
+            raise ValueError("a row without num_items, batch or q_bits")
+        if len(predictions) and predictions[[*PREDICTED_NUMBERS, "identity"]].isna().any(axis=None):
+            raise ValueError("a prediction without its numbers")
+        ran = rows[rows["status"] == "ok"].set_index("identity")
+        if ran[["processor", "cores", "complexity", "run_seconds"]].isna().any(axis=None):
+            raise ValueError("a row that ran without machine, complexity or seconds")
+        found = predictions["identity"].value_counts()
+        if found.to_dict() != ran["num_items"].to_dict():
+            raise ValueError("sheet predictions does not have the rows that sheet results counts")
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: was changed since it was written ({first_line(error)}); {REMEDY}") from None
+
+
 class Workbooks:
     """The files results_batch_{number}.xlsx in a folder: the rows of this experiment, kept up to date on disk.
 
@@ -61,13 +94,12 @@ class Workbooks:
         for path in sorted(workdir.glob("results_batch_*.xlsx")):
             if not path.stem.removeprefix("results_batch_").isdecimal():
                 continue
-            rows, predictions = read_sheets(
-                path, ("results", "predictions"), "move it away or delete it, then run the same command again"
-            )
+            rows, predictions = read_sheets(path, ("results", "predictions"), REMEDY)
             if not {"identity", "batch"} <= set(rows) or not set(rows["identity"]) <= set(self.order):
                 self.foreign.append(path)
                 continue
             batch = int(path.stem.removeprefix("results_batch_"))
+            check_sheets(path, rows, predictions)
             records = rows.astype(object).where(rows.notna(), None).to_dict("records")
             self.rows[batch] = [{k: v for k, v in record.items() if v is not None} for record in records]
             self.predictions[batch] = [t for _, t in predictions.groupby("identity")] if len(predictions) else []
@@ -132,11 +164,14 @@ def pareto(cost: pd.Series, accuracy: pd.Series) -> pd.Series:
 
 
 def read_plain(workdir: Path) -> pd.DataFrame:
-    """Sheet "plain way" of an earlier fhe_summary.xlsx, empty where there is none."""
+    """Sheet "plain way" of an earlier fhe_summary.xlsx, empty where there is none, or not as it was written."""
     path = workdir / "fhe_summary.xlsx"
     if not path.exists():
         return pd.DataFrame()
-    return read_sheets(path, ["plain way"], "delete it, then run the same command again")[0]
+    table = read_sheets(path, ["plain way"], "delete it, then run the same command again")[0]
+    numbers = table.reindex(columns=["q_bits", "complexity", "accuracy_clear_validation", "accuracy_clear_test_set"])
+    whole = all(kind.kind in "fi" for kind in numbers.dtypes) and table.get("compared", numbers["q_bits"]).dtype == bool
+    return table if whole else pd.DataFrame()
 
 
 def summarize(rows: pd.DataFrame, predictions: pd.DataFrame, plain: pd.DataFrame) -> pd.DataFrame:
@@ -149,7 +184,8 @@ def summarize(rows: pd.DataFrame, predictions: pd.DataFrame, plain: pd.DataFrame
     first += ["accuracy_simulated", "accuracy_clear_same_rows", "simulated_rows", "widest_integer_bits"]
     first += ["evaluation_keys_MB", "keygen_time", "processor", "cores", "status", "reason"]
     found = []
-    for _, group in rows.groupby(["identity", "processor", "cores"], sort=False):
+    rows = rows.reindex(columns=list(dict.fromkeys([*rows, "processor", "cores"])))  # failed rows may have none
+    for _, group in rows.groupby(["identity", "processor", "cores"], sort=False, dropna=False):
         ran = group[group["status"] == "ok"]
         row = group.reindex(columns=first).iloc[-1].to_dict() | {"batches": len(group)}
         if len(ran):
@@ -259,6 +295,8 @@ def read_benchmark(workdir: Path) -> pd.DataFrame:
     if not path.exists():
         return pd.DataFrame(columns=POINT_COLUMNS)
     table = read_sheets(path, ["benchmark"], "delete it or run: make bench")[0].reindex(columns=POINT_COLUMNS)
+    if any(table[name].dtype.kind not in "fi" for name in ("accuracy", "complexity", "seconds")):
+        raise InputError(f"{path}: holds text where numbers belong; delete it or run: make bench")
     return table[table["kind"] != "this pipeline"]
 
 

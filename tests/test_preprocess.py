@@ -263,6 +263,7 @@ def test_loading_refuses_bad_arrays(arrays, tmp_path):
     assert "shape" in broken("val_X", X[:, :31])
     assert "numbers" in broken("val_X", X.astype(str))
     assert "NaN" in broken("val_X", np.where(X[3, 3] == X, np.nan, X))
+    assert "3e38" in broken("val_X", np.where(X[3, 3] == X, 1e300, X.astype(float)))
     assert "labels" in broken("val_y", np.full(len(X), 2.0))
     assert "labels" in broken("val_y", np.zeros(len(X)))
     assert "length" in broken("val_y", np.resize([0.0, 1.0], len(X) - 1))
@@ -275,12 +276,31 @@ def test_loading_notices_arrays_that_dataset_json_does_not_describe(records, tmp
     np.save(folder / "Arryth_MITBIH_test_X.npy", X[:, ::-1])
     with pytest.raises(common.InputError, match=r"dataset\.json"):
         pre.load_arrays(folder)
-    (folder / "dataset.json").write_text('{"sha256": {}}')
-    with pytest.raises(common.InputError, match="damaged"):
-        pre.load_arrays(folder)
-    (folder / "dataset.json").write_text("{")
-    with pytest.raises(common.InputError, match="damaged"):
-        pre.load_arrays(folder)
+    whole = json.loads((folder / "dataset.json").read_text())
+    for damaged in (
+        "{",
+        json.dumps({"sha256": {}}),
+        json.dumps({**whole, "sha256": list(whole["sha256"])}),
+        json.dumps({name: value for name, value in whole.items() if name != "scaler"}),
+        json.dumps({**whole, "scaler": {**whole["scaler"], "sd": "x"}}),
+        json.dumps({**whole, "scaler": {**whole["scaler"], "mean": [0.0]}}),
+    ):
+        (folder / "dataset.json").write_text(damaged)
+        with pytest.raises(common.InputError, match="damaged"):
+            pre.load_arrays(folder)
+
+
+@pytest.mark.parametrize(
+    "header", ["(" * 150, "{'descr': '<f4', 'fortran_order': False, 'shape': (True, 32)}", "{[1]: 3}"]
+)
+def test_a_damaged_header_of_an_array_is_one_line(arrays, tmp_path, header):
+    for path in arrays.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    header = header.ljust(245) + "\n"
+    content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(4096)
+    (tmp_path / "Arryth_MITBIH_train_X.npy").write_bytes(content)
+    with pytest.raises(common.InputError, match=r"is no whole \.npy array"):
+        pre.load_arrays(tmp_path)
 
 
 def test_arrays_made_elsewhere_are_standardised_with_their_training_part(arrays, tmp_path):

@@ -158,6 +158,51 @@ def test_an_unreadable_workbook_is_one_line_and_nothing_is_overwritten(whole, ar
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+CHANGES = {  # by hand, to the sheets of a results workbook
+    "a column renamed": lambda rows, runs: (rows.rename(columns={"status": "state"}), runs),
+    "text in a number": lambda rows, runs: (rows.assign(complexity="about 3e9"), runs),
+    "a row twice": lambda rows, runs: (pd.concat([rows, rows[:1]]), runs),
+    "a machine missing": lambda rows, runs: (rows.assign(processor=None), runs),
+    "a prediction missing": lambda rows, runs: (rows, runs[1:]),
+    "no predictions": lambda rows, runs: (rows, runs[:0]),
+    "a label missing": lambda rows, runs: (rows, runs.drop(columns="label")),
+    "text in a prediction": lambda rows, runs: (rows, runs.assign(run_seconds="fast")),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_workbook_changed_by_hand_is_one_line_and_stays(whole, arrays, tmp_path, capsys, what):
+    for path in whole.glob("*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    path = tmp_path / "results_batch_0.xlsx"
+    sheets = CHANGES[what](*(pd.read_excel(path, sheet_name=name) for name in ("results", "predictions")))
+    with pd.ExcelWriter(path) as writer:
+        for name, table in zip(("results", "predictions"), sheets):
+            table.to_excel(writer, sheet_name=name, index=False)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    line = refusal(step5.main, options(arrays, tmp_path, "--bits", "2", "3"), capsys)
+    assert "results_batch_0.xlsx: was changed since it was written" in line
+    assert "delete it" in line
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_changed_price_of_the_plain_way_is_computed_again(whole, tmp_path):
+    assert len(results.read_plain(whole)) == len(PLAIN_BITS)
+    plain = pd.read_excel(whole / "fhe_summary.xlsx", sheet_name="plain way")
+    for changed in (plain.drop(columns="compared"), plain.assign(complexity="dear"), plain.assign(compared="yes")):
+        with pd.ExcelWriter(tmp_path / "fhe_summary.xlsx") as writer:
+            changed.to_excel(writer, sheet_name="plain way", index=False)
+        assert results.read_plain(tmp_path).empty
+
+
+def test_a_configuration_that_failed_everywhere_is_in_the_summary(whole):
+    job = experiment.Job("m", 2, b"", None, None, None, {"identity": "a"})
+    task = experiment.Task(job, {"status": "ok", "complexity": 1e9}, {0: np.arange(2)}, 1.0)
+    rows = pd.DataFrame([result.row for result in experiment.failed_results(task, "its workers died")])
+    summary = results.summarize(rows, pd.DataFrame({"identity": []}), results.read_plain(whole))
+    assert summary[["model_name", "status", "reason"]].to_numpy().tolist() == [["m", "failed", "its workers died"]]
+
+
 def test_a_dry_run_tells_the_plan_and_writes_nothing(arrays, tmp_path, capsys):
     argv = options(arrays, tmp_path, "--bits", "2", "3", "--dry-run")
     before = sorted(tmp_path.iterdir())
