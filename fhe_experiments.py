@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from fhe_mlp.circuit import PLAIN, Setting, calibrate_machine
+from fhe_mlp.circuit import PLAIN, Setting, calibrate_machine, load_network
 from fhe_mlp.cluster import LOCAL, scheduler_address
 from fhe_mlp.common import (
     InputError,
@@ -44,7 +44,7 @@ from fhe_mlp.common import (
     positive_int,
     run_in_child,
 )
-from fhe_mlp.deployment import export
+from fhe_mlp.deployment import check_new, export
 from fhe_mlp.experiment import CODE_SHA256, Data, Job, accuracies, drawn_rows, make_job, price, versions
 from fhe_mlp.networks import by_rank
 from fhe_mlp.plan import make_plan, most_accurate, print_plan, run_plan
@@ -135,6 +135,7 @@ def known_jobs(
     for path in dict.fromkeys([*by_rank(args.workdir, ".onnx"), *paths]):
         for bits in BITS:
             try:
+                load_network(path)
                 known[path, bits] = make(path, bits)
             except InputError:
                 if path in paths and bits in args.bits:
@@ -185,6 +186,8 @@ def drawn_by_batch(args: argparse.Namespace, rows: int) -> dict[int, np.ndarray]
 def main(argv: Sequence[str] | None = None) -> None:
     """Compile all, tell what it will take, run encrypted what is affordable and not yet done."""
     args = parse_arguments(argv)
+    if args.export:
+        check_new(args.export)
     data = load_arrays(args.data_dir)
     drawn = drawn_by_batch(args, len(data["test"][1]))
     paths = chosen_networks(args)

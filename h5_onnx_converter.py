@@ -120,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.models:
         for old in by_rank(args.workdir, ".onnx"):
             if old.with_suffix(".h5") not in models:
+                print(f"{old.name} removed: its .h5 is gone")
                 old.unlink()
         for old in by_rank(folder, ".onnx"):
             if old not in written:

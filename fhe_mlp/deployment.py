@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -88,15 +89,22 @@ def example_beats(X: np.ndarray, scaler: dict) -> list[dict[str, float]]:
     return [dict(zip((feature["name"] for feature in FEATURES), map(float, row))) for row in raw]
 
 
+def check_new(folder: Path) -> None:
+    """Raises InputError when `folder` is there already or cannot be made."""
+    if folder.exists() or folder.is_symlink():
+        raise InputError(f"{folder}: is there already; name a new folder with --export")
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise InputError(f"{folder}: {parent} cannot be written; name another folder with --export")
+
+
 def export(jobs: Sequence[Job], data: Data, max_loss: float, data_dir: Path, folder: Path) -> None:
     """Write client/, server/, README.md and requirements.txt for the one that `choose` takes, all or nothing.
 
-    data: as load_arrays gives for `data_dir`. Raises InputError when `folder` holds anything already.
+    data: as load_arrays gives for `data_dir`. `folder` must not be there yet (check_new).
     """
     from concrete.ml.deployment import FHEModelDev
 
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder}: holds files already; name a new folder with --export")
     job = choose(jobs, data, max_loss)
     module = compile_job(job)
     facts = accuracies(module, job, data, np.array([], dtype=int))
@@ -140,7 +148,5 @@ def export(jobs: Sequence[Job], data: Data, max_loss: float, data_dir: Path, fol
             any_off=1 - (1 - job.setting.p_error) ** pbs,
         )
         (whole / "README.md").write_text(readme)
-        if folder.exists():
-            folder.rmdir()
         whole.replace(folder)
     print(f"wrote client/, server/, README.md and requirements.txt for {job.label} to {folder}")

@@ -35,15 +35,23 @@ class Refusal(Exception):
     """What was given cannot be used; the message names the file, what is wrong and what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says in one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def write_box(path: Path, header: dict[str, Any], payloads: Sequence[bytes]) -> None:
     """Write a file that travels: header.json and numbered payloads in a .zip, whose checksums tell a broken one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{os.getpid()}"
     try:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as box:
             box.writestr("header.json", json.dumps({**header, "version": BOX_VERSION, "count": len(payloads)}))
             for number, payload in enumerate(payloads):
                 box.writestr(f"{number:06d}.bin", payload)
         temporary.replace(path)
+    except OSError as error:
+        raise Refusal(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -56,12 +64,19 @@ def read_box(path: Path, kind: str) -> tuple[dict[str, Any], list[bytes]]:
         with zipfile.ZipFile(path) as box:
             header = json.loads(box.read("header.json"))
             payloads = [box.read(f"{number:06d}.bin") for number in range(header["count"])]
+            if not payloads:
+                raise ValueError("nothing in it")
         found = header["kind"], header["version"], header["model"], header["key"]
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise Refusal(f"{path}: is truncated or damaged ({error}); have it sent again") from None
     if found[:2] != (kind, BOX_VERSION):
         raise Refusal(f"{path}: holds {found[0]} (version {found[1]}), {kind} (version {BOX_VERSION}) are wanted here")
     return header, payloads
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file as a hexadecimal string."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def same(what: str, path: Path, given: str, wanted: str, remedy: str) -> None:
@@ -84,15 +99,16 @@ def load_client(folder: Path, keys: Path) -> tuple[Any, dict[str, Any]]:
 def load_keys(folder: Path, keys: Path) -> tuple[Any, dict[str, Any], str]:
     """Client with the secret keys in `keys` loaded, model.json, and the keys' name, which is no secret.
 
-    Raises Refusal where there are no keys or they are for another model.
+    Raises Refusal where there are no keys, a file of them is damaged, or they are for another model.
     """
     client, model = load_client(folder, keys)
     try:
         about = json.loads((keys / "about.json").read_text())
         same("model", keys, about["model"], model["model"], "name its own keys with --keys")
-        if sorted(str(path.relative_to(keys)) for path in keys.rglob("*") if path.is_file()) != about["files"]:
-            raise Refusal(f"{keys}: files are missing; take them from a copy, or delete the folder and make new keys")
-    except (OSError, ValueError, KeyError):
+        for name, digest in about["files"].items():  # of a damaged one Concrete ML would make a new key and go on
+            if not (keys / name).is_file() or sha256(keys / name) != digest:
+                raise Refusal(f"{keys / name}: is missing or damaged; restore the folder from a copy, or make new keys")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise Refusal(f"{keys}: no whole keys here; make them with: python encrypted_beats.py keys") from None
     client.generate_private_and_evaluation_keys()  # reads them: it only makes keys where there are none
     return client, model, about["key"]
@@ -111,8 +127,7 @@ def make_keys(folder: Path, keys: Path, target: Path) -> None:
         whole.mkdir(mode=0o700)
         client.generate_private_and_evaluation_keys()
         name = secrets.token_hex(8)
-        files = [path for path in whole.rglob("*") if path.is_file()]
-        files = sorted(str(path.relative_to(whole)) for path in [*files, whole / "about.json"])
+        files = {str(path.relative_to(whole)): sha256(path) for path in whole.rglob("*") if path.is_file()}
         (whole / "about.json").write_text(json.dumps({"model": model["model"], "key": name, "files": files}))
         header = {"kind": "evaluation keys", "model": model["model"], "key": name}
         write_box(target, header, [client.get_serialized_evaluation_keys()])
@@ -122,8 +137,14 @@ def make_keys(folder: Path, keys: Path, target: Path) -> None:
 def read_beats(path: Path, features: Sequence[str]) -> np.ndarray:
     """Raw features (n, len(features)) of a .csv file with their names in its first line. Raises Refusal."""
     try:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        with path.open(newline="", encoding="utf-8-sig") as file:  # with or without the mark that Excel writes
+            reader = csv.DictReader(file)
+            names, rows = list(reader.fieldnames or []), list(reader)
+        for name in features:
+            if names.count(name) != 1:
+                raise Refusal(
+                    f"{path}: {names.count(name)} columns {name} (one is wanted, with commas between columns)"
+                )
         X = np.array([[float(row[name]) for name in features] for row in rows])
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise Refusal(f"{path}: one number for each feature of model.json is wanted in each line ({error})") from None
@@ -148,12 +169,12 @@ def run_server(folder: Path, beats: Path, evaluation_keys: Path, target: Path) -
     from concrete.ml.deployment import FHEModelServer
 
     try:
-        model = hashlib.sha256((folder / "server.zip").read_bytes()).hexdigest()
+        model = sha256(folder / "server.zip")
         server = FHEModelServer(str(folder))
     except (OSError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
         raise Refusal(f"{folder}: server.zip cannot be used here ({error})") from None
     header, payloads = read_box(beats, "encrypted beats")
-    keys_header, (keys,) = read_box(evaluation_keys, "evaluation keys")
+    keys_header, (keys, *_) = read_box(evaluation_keys, "evaluation keys")
     for path, given in ((beats, header), (evaluation_keys, keys_header)):
         same("model", path, given["model"], model, "server.zip and client.zip must come from one export")
     remedy = "beats and evaluation keys must come from the same keys"
@@ -161,7 +182,7 @@ def run_server(folder: Path, beats: Path, evaluation_keys: Path, target: Path) -
     try:
         answers = [server.run(payload, keys) for payload in payloads]
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise Refusal(f"{beats}: cannot be computed on ({error})") from None
+        raise Refusal(f"{beats}, {evaluation_keys}: cannot be computed with ({first_line(error)})") from None
     write_box(target, {**header, "kind": "encrypted answers"}, answers)
 
 
@@ -173,7 +194,10 @@ def decrypt(folder: Path, keys: Path, answers: Path) -> list[dict[str, Any]]:
     same("key", answers, header["key"], name, "it can only be decrypted with the keys it was encrypted with")
     found = []
     for payload in payloads:
-        output = float(client.deserialize_decrypt_dequantize(payload).ravel()[0])
+        try:
+            output = float(client.deserialize_decrypt_dequantize(payload).ravel()[0])
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise Refusal(f"{answers}: holds no answer ({first_line(error)}); have it sent again") from None
         probability = output if model["output"] == "probability" else 1 / (1 + np.exp(-output))
         found.append({"output": output, "probability": probability, "abnormal": int(output > model["threshold"])})
     return found
@@ -198,6 +222,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if output:
             sub.add_argument("--output", type=Path, default=Path(output), help=f"(default: {output})")
     args = parser.parse_args(argv)
+    given = [getattr(args, name).resolve() for name in ("beats", "evaluation_keys", "answers") if name in args]
+    if "output" in args and args.output.resolve() in given:
+        parser.error(f"--output {args.output} would overwrite what is read")
     if args.command == "keys":
         before = os.umask(0o077)  # secret keys are their owner's only
         try:
@@ -209,9 +236,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.command == "run":
         run_server(args.folder, args.beats, args.evaluation_keys, args.output)
     else:
+        found = decrypt(args.folder, args.keys, args.answers)
         writer = csv.DictWriter(sys.stdout, ["output", "probability", "abnormal"])
         writer.writeheader()
-        writer.writerows(decrypt(args.folder, args.keys, args.answers))
+        writer.writerows(found)
 
 
 if __name__ == "__main__":
@@ -220,6 +248,9 @@ if __name__ == "__main__":
         main()
     except Refusal as refusal:
         print(f"encrypted_beats.py: {refusal}", file=sys.stderr)
+        status = 2
+    except OSError as error:
+        print(f"encrypted_beats.py: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         status = 2
     except (Exception, KeyboardInterrupt):
         traceback.print_exc()

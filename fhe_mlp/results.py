@@ -53,11 +53,13 @@ def read_sheets(path: Path, names: Sequence[str], remedy: str) -> list[pd.DataFr
         raise InputError(f"{path}: cannot be read ({first_line(error)}); {remedy}") from None
 
 
-def check_sheets(path: Path, rows: pd.DataFrame, predictions: pd.DataFrame) -> None:
+def check_sheets(path: Path, batch: int, rows: pd.DataFrame, predictions: pd.DataFrame) -> None:
     """Raises InputError unless the sheets of a results workbook are as they were written, with all their numbers."""
     try:
         if rows["identity"].duplicated().any():
             raise ValueError("two rows of one identity")
+        if any((table["batch"] != batch).any() for table in (rows, predictions) if len(table)):
+            raise ValueError("rows of another batch")
         if rows[["model_name", "status"]].isna().any(axis=None):
             raise ValueError("a row without model or status")
         numbers = [name for name in rows if not re.search(TEXT_COLUMNS, name)]
@@ -92,29 +94,27 @@ class Workbooks:
         self.predictions: dict[int, list[pd.DataFrame]] = {}
         self.foreign: list[Path] = []
         for path in sorted(workdir.glob("results_batch_*.xlsx")):
-            if not path.stem.removeprefix("results_batch_").isdecimal():
+            if not re.fullmatch(r"results_batch_(0|[1-9]\d*)", path.stem):  # kept from an earlier experiment, say
                 continue
+            batch = int(path.stem.removeprefix("results_batch_"))
             rows, predictions = read_sheets(path, ("results", "predictions"), REMEDY)
             if not {"identity", "batch"} <= set(rows) or not set(rows["identity"]) <= set(self.order):
                 self.foreign.append(path)
                 continue
-            batch = int(path.stem.removeprefix("results_batch_"))
-            check_sheets(path, rows, predictions)
+            check_sheets(path, batch, rows, predictions)
             records = rows.astype(object).where(rows.notna(), None).to_dict("records")
             self.rows[batch] = [{k: v for k, v in record.items() if v is not None} for record in records]
             self.predictions[batch] = [t for _, t in predictions.groupby("identity")] if len(predictions) else []
 
     def set_foreign_aside(self) -> None:
-        """Rename workbooks of another experiment, say to what, and remove what was drawn from them."""
-        for path in self.foreign:
+        """Rename workbooks of another experiment and what was drawn from them, and say to what."""
+        drawn = [self.workdir / name for name in ("fhe_summary.xlsx", "fhe_frontier.png")] if self.foreign else []
+        for path in [*self.foreign, *(path for path in drawn if path.exists())]:
             number = 1
-            while (new := path.with_name(f"{path.stem}_earlier_{number}.xlsx")).exists():
+            while (new := path.with_name(f"{path.stem}_earlier_{number}{path.suffix}")).exists():
                 number += 1
             path.rename(new)
             print(f"{path.name} is of other networks, data or settings: kept as {new.name}")
-        if self.foreign:
-            (self.workdir / "fhe_summary.xlsx").unlink(missing_ok=True)
-            (self.workdir / "fhe_frontier.png").unlink(missing_ok=True)
         self.foreign = []
 
     def finished(self, identity: str, batch: int) -> bool:

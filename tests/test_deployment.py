@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 import stat
 import subprocess
@@ -17,7 +18,7 @@ from conftest import refusal, small_network
 
 import fhe_experiments as step5
 import preprocess_mitbih as pre
-from fhe_mlp import circuit
+from fhe_mlp import circuit, encrypted_beats
 
 
 def side(folder, *argv, status=0):
@@ -26,7 +27,7 @@ def side(folder, *argv, status=0):
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stderr
     if status:
-        lines = [line for line in done.stderr.splitlines() if "CUDA" not in line]
+        lines = [line for line in done.stderr.splitlines() if not re.search("CUDA|KeySetCache", line)]
         assert len(lines) == 1, lines
         return lines[0]
     return done.stdout
@@ -100,6 +101,71 @@ def test_secret_keys_are_their_owners_only(hospital):
         assert not stat.S_IMODE(path.stat().st_mode) & 0o077, path
 
 
+def test_a_damaged_key_is_refused_and_left_as_it_is(hospital, tmp_path):
+    client, _ = hospital
+    copy = tmp_path / "keys"
+    shutil.copytree(client / "keys", copy)
+    key = next(copy.rglob("secretKey_0"))
+    key.write_bytes(key.read_bytes()[:1000])
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    line = side(client, "--keys", copy, "encrypt", "example_beats.csv", "--output", tmp_path / "out.zip", status=2)
+    assert "secretKey_0: is missing or damaged" in line
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "out.zip").exists()
+
+
+def test_keys_and_what_the_server_needs_are_made_together_or_not_at_all(hospital, tmp_path):
+    client, _ = hospital
+    (tmp_path / "file").write_text("")
+    keys, target = tmp_path / "new", tmp_path / "file" / "evaluation_keys.zip"
+    side(client, "--keys", keys, "keys", "--output", target, status=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_travels_cannot_be_overwritten_by_its_own_result(hospital):
+    client, _ = hospital
+    before = (client / "example_beats.csv").read_bytes()
+    done = subprocess.run(
+        [sys.executable, "encrypted_beats.py", "encrypt", "example_beats.csv", "--output", "example_beats.csv"],
+        cwd=client,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "would overwrite" in done.stderr
+    assert (client / "example_beats.csv").read_bytes() == before
+
+
+def test_a_beats_file_as_excel_writes_it_is_read(hospital, tmp_path):
+    client, _ = hospital
+    (tmp_path / "beats.csv").write_bytes(b"\xef\xbb\xbf" + (client / "example_beats.csv").read_bytes())
+    side(client, "encrypt", tmp_path / "beats.csv", "--output", tmp_path / "out.zip")
+    with zipfile.ZipFile(tmp_path / "out.zip") as box:
+        assert len(box.namelist()) == 6
+
+
+def test_an_answer_that_is_none_is_refused(hospital, tmp_path):
+    client, _ = hospital
+    with zipfile.ZipFile(client / "encrypted_beats.zip") as box:
+        header = json.loads(box.read("header.json")) | {"kind": "encrypted answers", "count": 1}
+    encrypted_beats.write_box(tmp_path / "answers.zip", header, [b"garbage"])
+    done = subprocess.run(
+        [sys.executable, "encrypted_beats.py", "decrypt", tmp_path / "answers.zip"],
+        cwd=client,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "answers.zip: holds no answer" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    encrypted_beats.write_box(tmp_path / "answers.zip", header, [])
+    with pytest.raises(encrypted_beats.Refusal, match="nothing in it"):
+        encrypted_beats.read_box(tmp_path / "answers.zip", "encrypted answers")
+
+
 def test_wrong_keys_truncated_files_and_another_model_are_refused(exported, hospital, tmp_path):
     client, server = hospital
     again = tmp_path / "client"
@@ -168,7 +234,7 @@ def test_the_export_describes_itself_and_overwrites_nothing(exported, arrays, ca
         assert word in readme
     common = ["--data-dir", arrays, "--workdir", exported, "--models", exported / "small.onnx", "--bits", "4"]
     before = {p: p.read_bytes() for p in deployed.rglob("*") if p.is_file()}
-    assert "holds files already" in refusal(step5.main, [*common, "--export", deployed], capsys)
+    assert "is there already" in refusal(step5.main, [*common, "--export", deployed], capsys)
     assert {p: p.read_bytes() for p in deployed.rglob("*") if p.is_file()} == before
 
 

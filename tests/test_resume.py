@@ -162,6 +162,7 @@ CHANGES = {  # by hand, to the sheets of a results workbook
     "a column renamed": lambda rows, runs: (rows.rename(columns={"status": "state"}), runs),
     "text in a number": lambda rows, runs: (rows.assign(complexity="about 3e9"), runs),
     "a row twice": lambda rows, runs: (pd.concat([rows, rows[:1]]), runs),
+    "another batch": lambda rows, runs: (rows.assign(batch=1), runs.assign(batch=1)),
     "a machine missing": lambda rows, runs: (rows.assign(processor=None), runs),
     "a prediction missing": lambda rows, runs: (rows, runs[1:]),
     "no predictions": lambda rows, runs: (rows, runs[:0]),
