@@ -96,6 +96,8 @@ def run_on_worker(task: Task, data: Data, simulated: np.ndarray, limit: float, s
                 )
         if sharing:  # of this thread, from which the circuit's threads inherit
             os.sched_setaffinity(0, share_of_cores(range(os.cpu_count()), int(get_worker().name), sharing))
+        # Dask sets it to 1: circuits would run on one core. Read when Concrete is loaded, which is with the first task.
+        os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
         return list(run_task(task, data, simulated, limit))
 
 

@@ -122,6 +122,19 @@ def test_a_worker_of_another_version_is_refused(monkeypatch, name):
         cluster.run_on_worker(task, {}, np.array([]), 1.0, None)
 
 
+def test_a_worker_uses_all_its_cores(monkeypatch):
+    import distributed
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as Dask's nanny does
+    monkeypatch.setattr(distributed, "get_worker", lambda: None)
+    seen = []
+    monkeypatch.setattr(cluster, "run_task", lambda *_: seen.append(os.environ["OMP_NUM_THREADS"]) or [])
+    identity = {**experiment.versions(), "code_sha256": experiment.CODE_SHA256}
+    job = experiment.Job("m", 2, b"", None, Setting(6, 2.0**-13, 0.0), np.zeros((1, 32)), identity)
+    assert cluster.run_on_worker(experiment.Task(job, {}, {}, 1.0), {}, np.array([]), 1.0, None) == []
+    assert seen == [str(len(os.sched_getaffinity(0)))]
+
+
 class FakeClient:
     """A client of a scheduler whose processes do, or do not, have the pipeline."""
 
