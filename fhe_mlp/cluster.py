@@ -87,15 +87,18 @@ def run_on_worker(task: Task, data: Data, simulated: np.ndarray, limit: float, s
     """
     from distributed import get_worker
 
+    worker = get_worker()
     with ONE_AT_A_TIME:
+        if profiler := worker.periodic_callbacks.get("profile"):  # looks every 10 ms: 4 % of the seconds a beat
+            worker.loop.add_callback(profiler.stop)
         for name, mine in {**versions(), "code_sha256": CODE_SHA256}.items():
             if task.job.identity[name] != mine:
                 raise InputError(
-                    f"worker {get_worker().address}: its {name} is {mine}, here it is {task.job.identity[name]}; "
+                    f"worker {worker.address}: its {name} is {mine}, here it is {task.job.identity[name]}; "
                     "install the same version of the pipeline and its requirements there, and start it again"
                 )
         if sharing:  # of this thread, from which the circuit's threads inherit
-            os.sched_setaffinity(0, share_of_cores(range(os.cpu_count()), int(get_worker().name), sharing))
+            os.sched_setaffinity(0, share_of_cores(range(os.cpu_count()), int(worker.name), sharing))
         # Dask sets it to 1: circuits would run on one core. Read when Concrete is loaded, which is with the first task.
         os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
         return list(run_task(task, data, simulated, limit))

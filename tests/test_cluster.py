@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -105,14 +106,18 @@ def test_shares_of_cores_are_disjoint_and_leave_none_out():
     assert all(shares)
 
 
+class FakeWorker:
+    """What run_on_worker asks of Dask's worker."""
+
+    address = "tcp://elsewhere:1234"
+    periodic_callbacks: ClassVar = {}
+
+
 @pytest.mark.parametrize("name", ["concrete-ml", "code_sha256"])
 def test_a_worker_of_another_version_is_refused(monkeypatch, name):
     import distributed
 
-    class Worker:
-        address = "tcp://elsewhere:1234"
-
-    monkeypatch.setattr(distributed, "get_worker", Worker)
+    monkeypatch.setattr(distributed, "get_worker", FakeWorker)
     identity = {**experiment.versions(), "code_sha256": experiment.CODE_SHA256, name: "another"}
     job = experiment.Job("m", 2, b"", None, Setting(6, 2.0**-13, 0.0), np.zeros((1, 32)), identity)
     task = experiment.Task(job, {"status": "ok"}, {}, 1.0)
@@ -126,7 +131,7 @@ def test_a_worker_uses_all_its_cores(monkeypatch):
     import distributed
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as Dask's nanny does
-    monkeypatch.setattr(distributed, "get_worker", lambda: None)
+    monkeypatch.setattr(distributed, "get_worker", FakeWorker)
     seen = []
     monkeypatch.setattr(cluster, "run_task", lambda *_: seen.append(os.environ["OMP_NUM_THREADS"]) or [])
     identity = {**experiment.versions(), "code_sha256": experiment.CODE_SHA256}
