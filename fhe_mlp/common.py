@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -34,6 +35,7 @@ PATIENCE = 2.0  # seconds that an interrupted child has to end by itself
 POLL_SECONDS = 0.1
 WORKBOOK_BYTES = 200_000  # that a run needs at least
 PR_SET_PDEATHSIG = 1  # of prctl(2): which signal a process gets when its parent dies
+PAGE_CHARACTERS = 200  # of a workbook's row on one printed page; more take another page, with the first column again
 HEADER_COLOUR = "1F4E79"  # of workbooks
 NUMBER_FORMATS = {  # of workbook columns, by a part of their name
     "accuracy|^output_[cf]": "0.0000",
@@ -252,7 +254,7 @@ def machine_facts() -> dict[str, Any]:
 def write_workbook(path: Path, sheets: dict[str, pd.DataFrame]) -> None:
     """Write tables to an .xlsx file, whole, fit to be read and printed.
 
-    Frozen coloured header, fitted widths, number formats by kind of column, a landscape page as wide as the table.
+    Frozen coloured header, fitted widths, number formats by kind of column, landscape pages of legible width.
     """
     from openpyxl.styles import Alignment, Font, PatternFill
 
@@ -263,10 +265,11 @@ def write_workbook(path: Path, sheets: dict[str, pd.DataFrame]) -> None:
             sheet = writer.sheets[title]
             sheet.freeze_panes = "B2"
             sheet.auto_filter.ref = sheet.dimensions
-            sheet.print_title_rows = "1:1"
-            sheet.page_setup.orientation = "landscape"
+            sheet.print_title_rows, sheet.print_title_cols = "1:1", "A:A"
+            sheet.page_setup.orientation, sheet.page_setup.paperSize = "landscape", sheet.PAPERSIZE_A4
             sheet.page_setup.fitToHeight = 0  # as many pages as it takes
             sheet.sheet_properties.pageSetUpPr.fitToPage = True
+            characters = 0
             for column in sheet.columns:
                 header = column[0]
                 header.font, header.fill = Font(bold=True, color="FFFFFF"), PatternFill("solid", fgColor=HEADER_COLOUR)
@@ -277,11 +280,15 @@ def write_workbook(path: Path, sheets: dict[str, pd.DataFrame]) -> None:
                 for cell in column[1:]:
                     cell.number_format = number_format
                     cell.alignment = Alignment(wrap_text=True, vertical="top")
+                    if isinstance(cell.value, str):  # apart from a number to its left
+                        cell.alignment = Alignment(wrap_text=True, vertical="top", horizontal="left", indent=1)
                 longest = max(
                     (len(f"{c.value:.4g}" if isinstance(c.value, float) else str(c.value)) for c in column[1:]),
                     default=0,
                 )
                 width = max(longest, len(name) + 2)  # the filter's arrow needs room
                 sheet.column_dimensions[header.column_letter].width = min(60, width + 2)
+                characters += min(60, width + 2)
+            sheet.page_setup.fitToWidth = math.ceil(characters / PAGE_CHARACTERS)
     with whole_file(path) as temporary:
         temporary.write_bytes(content.getvalue())

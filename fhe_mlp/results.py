@@ -220,7 +220,8 @@ def pivots(summary: pd.DataFrame) -> dict[str, pd.DataFrame]:
         return table
 
     rows = int(summary["test_set_rows"].max()) if summary["test_set_rows"].notna().any() else 0
-    beats = f"{summary['n'].min():.0f} to {summary['n'].max():.0f}" if "n" in summary else "0"
+    fewest, most = (summary["n"].min(), summary["n"].max()) if "n" in summary else (0, 0)
+    beats = f"{fewest:.0f}" if fewest == most else f"{fewest:.0f} to {most:.0f}"
     machine = ["model_name", "processor", "cores"]
     return {
         "accuracy by bits": pd.concat(
@@ -249,6 +250,7 @@ def plot_frontier(summary: pd.DataFrame, others: pd.DataFrame, path: Path) -> No
     scale, so that 98 % and 99 % lie as far apart as 50 % and 67 %.
     """
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, axes = plt.subplots(1, 2, figsize=(15, 6.5), sharey=True)
     axes[0].set_ylabel("accuracy, whole test set, quantized")
@@ -274,6 +276,7 @@ def plot_frontier(summary: pd.DataFrame, others: pd.DataFrame, path: Path) -> No
                 place = {"xytext": (-5, -9), "ha": "right"} if dear else {"xytext": (5, -9)}
                 axis.annotate(row["name"], at, textcoords="offset points", fontsize=7, **place)
         axis.set(xscale="log", yscale="logit", xlabel=label)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1,) if cost == "complexity" else (1, 2, 3, 5)))
         axis.xaxis.set_minor_formatter("")
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set_yticks([0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99], minor=False)
