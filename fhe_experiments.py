@@ -107,7 +107,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     option("--max-seconds", type=positive_float, default=MAX_SECONDS, help="most seconds a sample; dearer is not run")
     option("--post-training", action="store_true", help="leave step 3's quantized networks aside, quantize here")
     option("--rounding-bits", type=int, choices=range(2, 9), default=ROUNDING_BITS, help="kept when quantizing here")
-    option("--p-error", type=float, default=P_ERROR, help="chance that one bootstrap is off by one step")
+    option("--p-error", type=float, default=P_ERROR, help="chance that one bootstrap fails by a step")
     option("--reference", action="store_true", help="the plain way: no rounding, p_error 2^-40")
     option("--dry-run", action="store_true", help="print the plan, run nothing, write nothing")
     option(
@@ -149,7 +149,8 @@ def described_settings(args: argparse.Namespace, setting: Setting, plain: Path) 
         **machine_facts(),
         "rounding_bits": "leading bits of each accumulator that the encrypted ReLU looks at; their number is the price",
         "p_error": setting.p_error,
-        "p_error in words": f"one encrypted ReLU in {1 / setting.p_error:,.0f} may see its input off by one step; "
+        "p_error in words": f"one encrypted ReLU in {1 / setting.p_error:,.0f} may fail by a step; an accumulator "
+        "between two rounding steps may be taken for either, so that encrypted outputs are often some steps off; "
         "accuracy_simulated has this noise, accuracy_clear_same_rows is without it on the same rows",
         "security": "128 bits (Concrete's default); p_error does not change it",
         "calibration": f"{CALIBRATION_ROWS} training rows and those that drive an accumulator to its ends",

@@ -35,6 +35,8 @@ PATIENCE = 2.0  # seconds that an interrupted child has to end by itself
 POLL_SECONDS = 0.1
 WORKBOOK_BYTES = 200_000  # that a run needs at least
 PR_SET_PDEATHSIG = 1  # of prctl(2): which signal a process gets when its parent dies
+WIDEST_COLUMN = 60  # characters of a workbook's column; longer text is wrapped
+LINE_POINTS = 15  # height of a line
 PAGE_CHARACTERS = 200  # of a workbook's row on one printed page; more take another page, with the first column again
 HEADER_COLOUR = "1F4E79"  # of workbooks
 NUMBER_FORMATS = {  # of workbook columns, by a part of their name
@@ -135,7 +137,12 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="folder of the arrays")
     parser.add_argument("--workdir", type=Path, default=Path(), help="folder of models and results")
-    parser.add_argument("--seed", type=natural_int, default=SEED, help="of every random draw; same seed, same results")
+    parser.add_argument(
+        "--seed",
+        type=natural_int,
+        default=SEED,
+        help="of every random draw; same seed, same results but for encryption's noise",
+    )
     return parser
 
 
@@ -287,8 +294,12 @@ def write_workbook(path: Path, sheets: dict[str, pd.DataFrame]) -> None:
                     default=0,
                 )
                 width = max(longest, len(name) + 2)  # the filter's arrow needs room
-                sheet.column_dimensions[header.column_letter].width = min(60, width + 2)
-                characters += min(60, width + 2)
+                sheet.column_dimensions[header.column_letter].width = min(WIDEST_COLUMN, width + 2)
+                characters += min(WIDEST_COLUMN, width + 2)
+            for row in sheet.iter_rows(min_row=2):
+                lines = max(math.ceil(len(str(cell.value)) / WIDEST_COLUMN) for cell in row)
+                if lines > 1:  # LibreOffice would let wrapped lines overlap
+                    sheet.row_dimensions[row[0].row].height = LINE_POINTS * lines
             sheet.page_setup.fitToWidth = math.ceil(characters / PAGE_CHARACTERS)
     with whole_file(path) as temporary:
         temporary.write_bytes(content.getvalue())

@@ -18,6 +18,7 @@ from fhe_mlp.common import InputError, first_line, sha256
 from fhe_mlp.experiment import Data, Job, accuracies, compile_job, versions
 from preprocess_mitbih import FEATURES, load_scaler
 
+SAME_PRICE = 0.01  # relative difference of complexity that nobody would notice
 EXAMPLE_BEATS = 5  # of the training part, in example_beats.csv
 
 README = """# Encrypted classification of heartbeats
@@ -25,7 +26,8 @@ README = """# Encrypted classification of heartbeats
 {label}: {accuracy:.2%} of {rows:,} test beats right (quantized, in clear). One beat costs complexity {complexity:.3g},
 {pbs} programmable bootstraps.
 
-Both sides need Python 3.10 to 3.12 and `pip install -r requirements.txt`. Every command explains itself with `--help`.
+Each side gets its own folder; both need Python 3.10 to 3.12 and `pip install -r requirements.txt`. Every command takes
+some seconds to start, and explains itself with `--help`.
 
 ## The hospital: folder `client/`
 
@@ -53,10 +55,12 @@ A beats file is a .csv whose first line names the {features} features; `model.js
   server compute and decrypts nothing.
 - Keys and ciphertexts have Concrete's default security level, {security} bits. The server learns how many beats there
   are, and who sends them. The network itself is in the clear on the server.
-- p_error is {p_error:.3g}: each of the {pbs} bootstraps of a beat sees its input off by one step at most that often, by
-  chance (in {any_off:.1%} of the beats at least one does). The network was trained with such noise. It is a matter of
-  accuracy, not of the keys' security, but an answer that is decrypted and given back to the server in the clear, as the
-  raw output, could tell it something about the key: share decisions, not outputs.
+- p_error is {p_error:.3g}: each of the {pbs} bootstraps of a beat fails by chance at most that often (in {any_off:.1%}
+  of the beats at least one does). Where accumulators are rounded, one that lies between two steps may besides be taken
+  for either, so that outputs are often some steps off those in clear, and now and then a decision near the threshold is
+  another one. Networks of step 3 were trained with such noise. It is a matter of accuracy, not of the keys' security,
+  but an answer that is decrypted and given back to the server in the clear, as the raw output, could tell it something
+  about the key: share decisions, not outputs.
 - A file of other keys, of another model, or cut short is refused. That guards against mistakes, not against a server
   that lies: FHE keeps beats secret, it does not prove that the right network was computed.
 - It is a research pipeline, no medical device.
@@ -66,6 +70,7 @@ A beats file is a .csv whose first line names the {features} features; `model.js
 def choose(jobs: Sequence[Job], data: Data, max_loss: float) -> Job:
     """The cheapest configuration whose validation accuracy is at most `max_loss` below the best of `jobs`.
 
+    Of those that cost the same but for SAME_PRICE, the most accurate one on validation rows.
     Raises InputError when none can be compiled.
     """
     nothing = np.array([], dtype=int)
@@ -80,7 +85,9 @@ def choose(jobs: Sequence[Job], data: Data, max_loss: float) -> Job:
     if not found:
         raise InputError("none of the configurations can be compiled; see --models and --bits")
     least = max(accuracy for _, accuracy, _ in found) - max_loss
-    return min((f for f in found if f[1] >= least), key=lambda f: f[0])[2]
+    good = [f for f in found if f[1] >= least]
+    dearest = min(complexity for complexity, _, _ in good) * (1 + SAME_PRICE)
+    return max((f for f in good if f[0] <= dearest), key=lambda f: f[1])[2]
 
 
 def example_beats(X: np.ndarray, scaler: dict) -> list[dict[str, float]]:
@@ -99,7 +106,7 @@ def check_new(folder: Path) -> None:
 
 
 def export(jobs: Sequence[Job], data: Data, max_loss: float, data_dir: Path, folder: Path) -> None:
-    """Write client/, server/, README.md and requirements.txt for the one that `choose` takes, all or nothing.
+    """Write client/, server/ and README.md for the one that `choose` takes, all or nothing.
 
     data: as load_arrays gives for `data_dir`. `folder` must not be there yet (check_new).
     """
@@ -135,7 +142,6 @@ def export(jobs: Sequence[Job], data: Data, max_loss: float, data_dir: Path, fol
             writer.writerows(example_beats(data["train"][0][:EXAMPLE_BEATS], scaler))
         for side in ("client", "server"):
             shutil.copy(Path(__file__).with_name("encrypted_beats.py"), whole / side)
-        (whole / "requirements.txt").write_text(f"concrete-ml=={versions()['concrete-ml']}\n")
         readme = README.format(
             label=job.label,
             accuracy=facts["accuracy_clear_test_set"],
@@ -148,5 +154,8 @@ def export(jobs: Sequence[Job], data: Data, max_loss: float, data_dir: Path, fol
             any_off=1 - (1 - job.setting.p_error) ** pbs,
         )
         (whole / "README.md").write_text(readme)
+        for side in ("client", "server"):
+            shutil.copy(whole / "README.md", whole / side)
+            (whole / side / "requirements.txt").write_text(f"concrete-ml=={versions()['concrete-ml']}\n")
         whole.replace(folder)
-    print(f"wrote client/, server/, README.md and requirements.txt for {job.label} to {folder}")
+    print(f"wrote client/, server/ and README.md for {job.label} to {folder}")

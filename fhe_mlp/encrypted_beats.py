@@ -50,6 +50,7 @@ def write_box(path: Path, header: dict[str, Any], payloads: Sequence[bytes]) -> 
             for number, payload in enumerate(payloads):
                 box.writestr(f"{number:06d}.bin", payload)
         temporary.replace(path)
+        print(f"wrote {path} ({path.stat().st_size / 1e6:.2f} MB)")
     except OSError as error:
         raise Refusal(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
@@ -89,6 +90,8 @@ def load_client(folder: Path, keys: Path) -> tuple[Any, dict[str, Any]]:
     """Concrete ML's client, which reads and writes keys in the folder `keys`, and model.json."""
     from concrete.ml.deployment import FHEModelClient
 
+    if not (folder / "client.zip").exists():
+        raise Refusal(f"{folder}: no client.zip here; this command is the hospital's, for its folder client/")
     try:
         model = json.loads((folder / "model.json").read_text())
         return FHEModelClient(str(folder), str(keys)), model
@@ -136,6 +139,8 @@ def make_keys(folder: Path, keys: Path, target: Path) -> None:
 
 def read_beats(path: Path, features: Sequence[str]) -> np.ndarray:
     """Raw features (n, len(features)) of a .csv file with their names in its first line. Raises Refusal."""
+    if not path.exists():
+        raise Refusal(f"{path}: not found")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:  # with or without the mark that Excel writes
             reader = csv.DictReader(file)
@@ -168,6 +173,8 @@ def run_server(folder: Path, beats: Path, evaluation_keys: Path, target: Path) -
     """Compute the network on encrypted beats; nothing in this folder can decrypt them or the answers."""
     from concrete.ml.deployment import FHEModelServer
 
+    if not (folder / "server.zip").exists():
+        raise Refusal(f"{folder}: no server.zip here; this command is the server's, for its folder server/")
     try:
         model = sha256(folder / "server.zip")
         server = FHEModelServer(str(folder))
@@ -210,13 +217,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=here, help="of client.zip or server.zip (default: this file's)")
     parser.add_argument("--keys", type=Path, default=Path("keys"), help="folder of the secret keys (default: keys)")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, inputs, output in (
-        ("keys", (), "evaluation_keys.zip"),
-        ("encrypt", ("beats",), "encrypted_beats.zip"),
-        ("run", ("beats", "evaluation_keys"), "encrypted_answers.zip"),
-        ("decrypt", ("answers",), None),
+    for command, inputs, output, what in (
+        (
+            "keys",
+            (),
+            "evaluation_keys.zip",
+            "Hospital, once: make secret keys, and the evaluation keys for the server.",
+        ),
+        ("encrypt", ("beats",), "encrypted_beats.zip", "Hospital: encrypt the beats of a .csv file of raw features."),
+        ("run", ("beats", "evaluation_keys"), "encrypted_answers.zip", "Server: compute on what the hospital sent."),
+        ("decrypt", ("answers",), None, "Hospital: print output, probability and decision of each beat as .csv."),
     ):
-        sub = commands.add_parser(command)
+        sub = commands.add_parser(command, help=what, description=what)
         for name in inputs:
             sub.add_argument(name, type=Path)
         if output:

@@ -66,7 +66,8 @@ def print_plan(tasks: Sequence[Task], finished: int) -> None:
     samples, runnable = sum(t.samples for t in tasks), sum(t.facts["status"] == "ok" for t in tasks)
     minutes = sum(t.seconds for t in tasks) / 60
     print(f"\n{len(tasks)} configurations to do, {runnable} of them encrypted, on {samples} rows in all: ", end="")
-    print(f"about {minutes:.1f} min on a machine like this one", flush=True)
+    print(f"about {minutes:.1f} min on a machine like this one,")
+    print("after the prices of the plain way, which take a minute or so the first time", flush=True)
 
 
 def run_plan(

@@ -18,7 +18,7 @@ from conftest import refusal, small_network
 
 import fhe_experiments as step5
 import preprocess_mitbih as pre
-from fhe_mlp import circuit, encrypted_beats
+from fhe_mlp import circuit, deployment, encrypted_beats, experiment
 
 
 def side(folder, *argv, status=0):
@@ -77,6 +77,8 @@ def test_the_servers_folder_never_holds_a_secret_key(exported, hospital):
     assert {p.name for p in server.iterdir()} <= {
         "server.zip",
         "encrypted_beats.py",
+        "README.md",
+        "requirements.txt",
         "encrypted_beats.zip",
         "evaluation_keys.zip",
         "encrypted_answers.zip",
@@ -236,6 +238,22 @@ def test_the_export_describes_itself_and_overwrites_nothing(exported, arrays, ca
     before = {p: p.read_bytes() for p in deployed.rglob("*") if p.is_file()}
     assert "is there already" in refusal(step5.main, [*common, "--export", deployed], capsys)
     assert {p: p.read_bytes() for p in deployed.rglob("*") if p.is_file()} == before
+
+
+def test_of_equally_dear_bit_widths_the_most_accurate_is_chosen(monkeypatch):
+    prices = {2: (1.9e9, 0.971), 3: (2.870e9, 0.980), 4: (2.871e9, 0.986), 5: (5e9, 0.987)}
+
+    class Module:
+        def __init__(self, bits):
+            self.bits = bits
+            self.fhe_circuit = type("Circuit", (), {"complexity": prices[bits][0]})
+
+    monkeypatch.setattr(deployment, "compile_job", lambda job: Module(job.bits))
+    monkeypatch.setattr(
+        deployment, "accuracies", lambda module, *_: {"accuracy_clear_validation": prices[module.bits][1]}
+    )
+    jobs = [experiment.Job("m", bits, b"", None, None, None, {}) for bits in prices]
+    assert deployment.choose(jobs, {}, 0.01).bits == 4
 
 
 def test_example_beats_scale_back_to_the_arrays(exported, arrays):
