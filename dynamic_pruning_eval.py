@@ -252,9 +252,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--quantization-epochs", type=natural_int, default=QUANTIZATION_EPOCHS, help="0: leave quantization to step 5"
     )
     args = parser.parse_args(argv)
-    check_writable(args.workdir)
     if sorted(set(args.rates)) != list(args.rates) or not 0 <= args.rates[0] <= args.rates[-1] < 100:
         parser.error("--rates must rise and lie between 0 and 99")
+    check_writable(args.workdir)
     data = load_arrays(args.data_dir)
     start_tensorflow(args.seed)
     start = load_mlp(args.workdir / "tf_pruned_model.h5", "python TF_pruning.py")

@@ -110,9 +110,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     option("--p-error", type=float, default=P_ERROR, help="chance that one bootstrap fails by a step")
     option("--reference", action="store_true", help="the plain way: no rounding, p_error 2^-40")
     option("--dry-run", action="store_true", help="print the plan, run nothing, write nothing")
-    option(
-        "--scheduler", type=scheduler_address, help="Dask scheduler (tcp://HOST:8786), or local:N for N processes here"
-    )
+    option("--scheduler", type=scheduler_address, help="Dask's (tcp://HOST:8786), or local:N for N processes here")
     option(
         "--export", type=Path, metavar="DIR", help="write client and server for the best of the named models and bits"
     )
@@ -145,6 +143,8 @@ def known_jobs(
 
 def described_settings(args: argparse.Namespace, setting: Setting, plain: Path) -> dict[str, Any]:
     """The settings sheet: machine, versions, options, and what the columns mean."""
+    from concrete.fhe import Configuration
+
     return {
         **machine_facts(),
         "rounding_bits": "leading bits of each accumulator that the encrypted ReLU looks at; their number is the price",
@@ -152,7 +152,7 @@ def described_settings(args: argparse.Namespace, setting: Setting, plain: Path) 
         "p_error in words": f"one encrypted ReLU in {1 / setting.p_error:,.0f} may fail by a step; an accumulator "
         "between two rounding steps may be taken for either, so that encrypted outputs are often some steps off; "
         "accuracy_simulated has this noise, accuracy_clear_same_rows is without it on the same rows",
-        "security": "128 bits (Concrete's default); p_error does not change it",
+        "security": f"{int(Configuration().security_level)} bits (Concrete's default); p_error does not change it",
         "calibration": f"{CALIBRATION_ROWS} training rows and those that drive an accumulator to its ends",
         "plain way": f"{plain.stem}, n_bits only, {PLAIN_CALIBRATION_ROWS} training rows as calibration",
         "times_cheaper_than_plain": "complexity of the plain way at its cheapest bit width within "

@@ -94,7 +94,6 @@ FEATURES = [
     for channel, first in enumerate((_RHYTHM, _CONTEXT))
     for name, unit, formula in (*first, *_LEAD)
 ]
-# INFO lines (" I ", "I0000"), the messages of CUDA libraries on a machine without a GPU, and the frame around them.
 LICENCE = "Open Data Commons Attribution License v1.0"
 SOURCE = "MIT-BIH Arrhythmia Database 1.0.0, PhysioNet, doi:10.13026/C2F305"
 

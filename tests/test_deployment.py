@@ -21,10 +21,15 @@ import preprocess_mitbih as pre
 from fhe_mlp import circuit, deployment, encrypted_beats, experiment
 
 
-def side(folder, *argv, status=0):
-    """Run encrypted_beats.py of one side in its own folder; returns what it printed, of a refusal the one line."""
+def call(folder, *argv):
+    """Run encrypted_beats.py of one side in its own folder."""
     command = [sys.executable, "-I", "encrypted_beats.py", *map(str, argv)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def side(folder, *argv, status=0):
+    """What `call` printed, of a refusal the one line."""
+    done = call(folder, *argv)
     assert done.returncode == status, done.stderr
     if status:
         lines = [line for line in done.stderr.splitlines() if not re.search("CUDA|KeySetCache", line)]
@@ -127,13 +132,7 @@ def test_keys_and_what_the_server_needs_are_made_together_or_not_at_all(hospital
 def test_what_travels_cannot_be_overwritten_by_its_own_result(hospital):
     client, _ = hospital
     before = (client / "example_beats.csv").read_bytes()
-    done = subprocess.run(
-        [sys.executable, "encrypted_beats.py", "encrypt", "example_beats.csv", "--output", "example_beats.csv"],
-        cwd=client,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = call(client, "encrypt", "example_beats.csv", "--output", "example_beats.csv")
     assert done.returncode == 2
     assert "would overwrite" in done.stderr
     assert (client / "example_beats.csv").read_bytes() == before
@@ -152,13 +151,7 @@ def test_an_answer_that_is_none_is_refused(hospital, tmp_path):
     with zipfile.ZipFile(client / "encrypted_beats.zip") as box:
         header = json.loads(box.read("header.json")) | {"kind": "encrypted answers", "count": 1}
     encrypted_beats.write_box(tmp_path / "answers.zip", header, [b"garbage"])
-    done = subprocess.run(
-        [sys.executable, "encrypted_beats.py", "decrypt", tmp_path / "answers.zip"],
-        cwd=client,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = call(client, "decrypt", tmp_path / "answers.zip")
     assert done.returncode == 2
     assert "answers.zip: holds no answer" in done.stderr
     assert "Traceback" not in done.stderr
