@@ -1,6 +1,6 @@
-"""Step 1: train the baseline network that the later steps make small, a float MLP 32-64-64-32-16-1.
+"""Step 1: train the baseline network that the later steps make small, a float MLP of four hidden layers.
 
-Reads   data/Arryth_MITBIH_{train,val,test}_{X,y}.npy (python preprocess_mitbih.py makes them)
+Reads   data/Arryth_MITBIH_{train,val,test}_{X,y}.npy, of any number of columns (python preprocess_mitbih.py makes them)
 Writes  to --workdir: MLP_model_0.h5, MLP_model_0_metrics.json, MLP_model_0_training.png, MLP_model_0_roc.png
 Run     python MLP_model_0.py
 """
@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from fhe_mlp.common import check_writable, make_parser, positive_float, positive_int, run, save_figure, write_json
+from fhe_mlp.arrays import beats_of, load_arrays
+from fhe_mlp.cli import check_writable, make_parser, positive_float, positive_int, run, write_json
 from fhe_mlp.networks import balanced_weights, epoch_progress, load_mlp, save_mlp, start_tensorflow
-from preprocess_mitbih import FEATURES, load_arrays, load_description
+from fhe_mlp.report import save_figure
 
 if TYPE_CHECKING:
     import tf_keras
@@ -29,11 +30,11 @@ EPOCHS = 100  # at most; early stopping usually ends before
 PATIENCE = 20  # epochs without a better validation loss
 
 
-def build_mlp(hidden: Sequence[int], dropout: float, learning_rate: float) -> tf_keras.Sequential:
-    """Compiled MLP from 32 features to one probability of an abnormal beat; dropout after all but the last hidden."""
+def build_mlp(features: int, hidden: Sequence[int], dropout: float, learning_rate: float) -> tf_keras.Sequential:
+    """Compiled MLP from `features` to one probability of an abnormal beat; dropout after all but the last hidden."""
     import tf_keras
 
-    model = tf_keras.Sequential([tf_keras.layers.Input((len(FEATURES),))])
+    model = tf_keras.Sequential([tf_keras.layers.Input((features,))])
     for number, neurons in enumerate(hidden, 1):
         model.add(tf_keras.layers.Dense(neurons, "relu", name=f"hidden_{number}"))
         if number < len(hidden):
@@ -72,13 +73,10 @@ def classification_metrics(y: np.ndarray, probability: np.ndarray, aami: np.ndar
     return metrics
 
 
-def aami_of_test_rows(data_dir: Path, y: np.ndarray) -> np.ndarray | None:
-    """AAMI class of each test row (n,) from beats.csv, or None where the arrays come without it."""
-    if not (data_dir / "dataset.json").exists() or "beats.csv" not in load_description(data_dir)["sha256"]:
-        return None
-    beats = pd.read_csv(data_dir / "beats.csv", dtype=str, keep_default_na=False)
-    aami = beats.loc[beats["split"] == "test", "aami"].to_numpy()
-    return aami if len(aami) == len(y) else None
+def aami_of_test_rows(data_dir: Path) -> np.ndarray | None:
+    """AAMI class of each test row (n,), or None where the arrays come without it."""
+    beats = beats_of(data_dir)
+    return None if beats is None else beats.loc[beats["split"] == "test", "aami"].to_numpy()
 
 
 def plot_training(history: dict[str, list[float]], path: Path) -> None:
@@ -127,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     keras = start_tensorflow(args.seed)
     (X, y), (X_val, y_val), (X_test, y_test) = (data[split] for split in ("train", "val", "test"))
 
-    model = build_mlp(HIDDEN, DROPOUT, args.learning_rate)
+    model = build_mlp(X.shape[1], HIDDEN, DROPOUT, args.learning_rate)
     stop = keras.callbacks.EarlyStopping("val_loss", patience=args.patience, restore_best_weights=True)
     history = model.fit(
         X,
@@ -149,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "best_epoch": 1 + int(np.argmin(history["val_loss"])),
         "seed": args.seed,
         "validation": classification_metrics(y_val, val_probability, None),
-        "test": classification_metrics(y_test, probability, aami_of_test_rows(args.data_dir, y_test)),
+        "test": classification_metrics(y_test, probability, aami_of_test_rows(args.data_dir)),
     }
     write_json(args.workdir / "MLP_model_0_metrics.json", metrics)
     plot_training(history, args.workdir / "MLP_model_0_training.png")

@@ -1,7 +1,8 @@
 """Step 2: zero a growing share of the baseline's weights while training goes on (TFMOT, polynomial decay).
 
-Structured: whole blocks of a neuron's incoming weights are zeroed together, because an encrypted network only gets
-cheaper when neurons go; step 3 removes those with the most zeros. The output layer is left whole.
+Structured: whole blocks of a neuron's incoming weights are zeroed together, because the cost of
+an encrypted network falls only with its neurons; step 3 removes those with the most zeros. The output layer is left
+whole.
 
 Reads   MLP_model_0.h5 in --workdir (python MLP_model_0.py makes it) and the arrays in --data-dir
 Writes  to --workdir: tf_pruned_model.h5, tf_pruned_model_metrics.json, tf_pruned_model_training.png
@@ -19,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from fhe_mlp.common import check_writable, make_parser, positive_float, positive_int, run, save_figure, write_json
+from fhe_mlp.arrays import load_arrays
+from fhe_mlp.cli import check_writable, make_parser, positive_float, positive_int, run, write_json
 from fhe_mlp.networks import accuracy, balanced_weights, epoch_progress, load_mlp, save_mlp, start_tensorflow
-from preprocess_mitbih import load_arrays
+from fhe_mlp.report import save_figure
 
 if TYPE_CHECKING:
     import tf_keras
@@ -31,11 +33,11 @@ EPOCHS = 20  # all of them under the schedule
 BATCH_SIZE = 32  # beats a gradient step
 LEARNING_RATE = 1e-3  # of Adam
 UPDATE_EVERY = 50  # gradient steps between two updates of the masks
-BLOCK_ROWS = "4"  # incoming weights zeroed together; compared with 1, 8 and neuron on validation data (README)
+BLOCK_ROWS = "4"  # incoming weights zeroed together; compared with 1, 8 and neuron on validation data (docs/RESULTS.md)
 
 
 def block_mask(weights: Any, rows: int, choose: Callable[[Any], tuple[Any, Any]]) -> tuple[Any, Any]:
-    """Threshold and mask for a kernel (inputs, neurons), 0 where a block of `rows` weights of a neuron has to go.
+    """Threshold and mask for a kernel (inputs, neurons), 0 where a block of `rows` weights of a neuron is zeroed.
 
     Blocks are ranked by their mean absolute weight; `choose(means)` is TFMOT's rule for single values, which returns
     the threshold and a mask of the blocks. A last block that `rows` does not fill counts by its own mean.
@@ -48,8 +50,12 @@ def block_mask(weights: Any, rows: int, choose: Callable[[Any], tuple[Any, Any]]
     return threshold, tf.gather(kept, block_of_row)
 
 
-def wrap_for_pruning(model: tf_keras.Sequential, block_rows: int | None, steps: int) -> tf_keras.Sequential:
+def wrap_for_pruning(
+    model: tf_keras.Sequential, block_rows: int | None, steps: int, sparsity: tuple[float, float]
+) -> tf_keras.Sequential:
     """Copy of `model` whose hidden Dense layers prune themselves over `steps` gradient steps; block_rows None: neurons.
+
+    sparsity: share of zero weights in each hidden layer at the start and at the end.
 
     The schedule, of Zhu & Gupta, "To prune, or not to prune", arXiv:1710.01878 (TFMOT's PolynomialDecay, power 3), ends
     at the last update of the masks, so that the final sparsity is reached exactly.
@@ -80,7 +86,7 @@ def wrap_for_pruning(model: tf_keras.Sequential, block_rows: int | None, steps: 
         copy = layer.__class__.from_config(layer.get_config())
         if not isinstance(layer, tf_keras.layers.Dense) or layer is model.layers[-1]:
             return copy
-        schedule = PolynomialDecay(INITIAL_SPARSITY, FINAL_SPARSITY, 0, end_step, frequency=every)
+        schedule = PolynomialDecay(*sparsity, 0, end_step, frequency=every)
         return PruneBlocks(copy, pruning_schedule=schedule)
 
     wrapped = tf_keras.models.clone_model(model, clone_function=wrap)
@@ -119,6 +125,16 @@ def block_rows(text: str) -> str:
     return text
 
 
+def share(text: str) -> float:
+    """argparse type: a share from 0 to less than 1."""
+    try:
+        if 0 <= float(text) < 1:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to less than 1")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Prune, strip, save, reload, and report the reloaded network."""
     parser = make_parser(__doc__)
@@ -128,21 +144,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=BLOCK_ROWS,
         help="incoming weights of a neuron that are zeroed together: a number (1: single weights) or 'neuron' (all)",
     )
+    parser.add_argument("--initial-sparsity", type=share, default=INITIAL_SPARSITY, help="zero weights at the start")
+    parser.add_argument("--final-sparsity", type=share, default=FINAL_SPARSITY, help="zero weights at the end")
     parser.add_argument("--epochs", type=positive_int, default=EPOCHS, help="passes over the training part")
     parser.add_argument("--batch-size", type=positive_int, default=BATCH_SIZE, help="beats a gradient step")
     parser.add_argument("--learning-rate", type=positive_float, default=LEARNING_RATE, help="of Adam")
     args = parser.parse_args(argv)
+    if args.initial_sparsity > args.final_sparsity:
+        parser.error("--initial-sparsity must not be above --final-sparsity")
     check_writable(args.workdir)
     data = load_arrays(args.data_dir)
     keras = start_tensorflow(args.seed)
     from tensorflow_model_optimization.sparsity.keras import UpdatePruningStep, strip_pruning
 
-    model = load_mlp(args.workdir / "MLP_model_0.h5", "python MLP_model_0.py")
+    model = load_mlp(args.workdir / "MLP_model_0.h5", "python MLP_model_0.py", data["train"][0].shape[1])
     stages = {"before": {part: accuracy(model, *data[part]) for part in ("val", "test")}}
 
     (X, y), (X_val, y_val) = data["train"], data["val"]
     rows = None if args.block_rows == "neuron" else int(args.block_rows)
-    wrapped = wrap_for_pruning(model, rows, steps=args.epochs * math.ceil(len(X) / args.batch_size))
+    steps = args.epochs * math.ceil(len(X) / args.batch_size)
+    wrapped = wrap_for_pruning(model, rows, steps, (args.initial_sparsity, args.final_sparsity))
     wrapped.compile(
         keras.optimizers.Adam(args.learning_rate), "binary_crossentropy", metrics=["accuracy"], weighted_metrics=[]
     )

@@ -1,14 +1,14 @@
 """Step 3: remove neurons at rates from 25 % to 90 %, fine-tune, quantize, and keep the ten best networks.
 
-Each rate goes on from the network of the rate before. The neurons with the most zero weights go first, and among equals
-those of the least saliency: fine-tuning fills the zeros of step 2, so from the second rate on, saliency decides, while
-one-shot pruning (--fine-tune-epochs 0) ranks by zeros throughout. What a removed neuron gave on average moves into the
-biases of the next layer. A layer that would become narrower than --min-width goes as a whole and leaves its neurons to
-the others: an encrypted neuron costs the same anywhere, and one that passes few bits through a narrow layer is wasted.
+Each rate starts from the network of the rate before. The neurons with the most zero weights are removed first, and
+among equals those of the least saliency: fine-tuning fills the zeros of step 2, so from the second rate on, saliency
+decides, while one-shot pruning (--fine-tune-epochs 0) ranks by zeros throughout. The mean activation of a removed
+neuron is folded into the next layer's bias. Layers narrower than --min-width are removed, and the others get their
+neurons: an encrypted neuron costs the same in any layer, and a narrow layer passes few bits.
 
 Then the networks, the smallest first, are trained once more at 2 to 7 bits as the encrypted graph computes them, with
-the baseline as their teacher, until ten stay within a point of the baseline on validation data. The cheapest of them is
-rank 1; the networks larger than those could only be dearer.
+the baseline as their teacher, until ten stay within --max-loss of the baseline on validation data. Rank 1 is the one
+of the lowest cost among them; the networks larger than those could only cost more.
 
 Reads   tf_pruned_model.h5 and MLP_model_0.h5 in --workdir (steps 1 and 2 make them) and the arrays in --data-dir
 Writes  to --workdir: ten pruned_model_top_{rank}_prune_{percent}_acc_{validation accuracy}.h5, each with its quantized
@@ -22,22 +22,22 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from fhe_mlp.common import (
+from fhe_mlp.arrays import Arrays, load_arrays
+from fhe_mlp.cli import (
     check_writable,
     machine_facts,
     make_parser,
     natural_int,
+    positive_float,
     positive_int,
     run,
-    save_figure,
     whole_file,
-    write_workbook,
 )
 from fhe_mlp.networks import (
     Layers,
@@ -52,9 +52,9 @@ from fhe_mlp.networks import (
     start_tensorflow,
 )
 from fhe_mlp.neuron_removal import revive, share_neurons, shrink
-from fhe_mlp.quantized import BITS, QuantizedNetwork, add_to_h5
-from fhe_mlp.quantized_training import Population
-from preprocess_mitbih import load_arrays
+from fhe_mlp.qat import Ensemble
+from fhe_mlp.quantized import BITS, TOLERATED_LOSS, QuantizedNetwork, add_to_h5
+from fhe_mlp.report import save_figure, settings_sheet, write_workbook
 
 if TYPE_CHECKING:
     import tf_keras
@@ -64,16 +64,15 @@ FINE_TUNE_EPOCHS = 30  # after each rate; 0 is one-shot pruning
 BATCH_SIZE = 64  # beats a gradient step
 LEARNING_RATE = 1e-3  # of Adam at the start of each fine-tuning; falls to 0 along a cosine
 WEIGHT_DECAY = 0.3  # decoupled, of weights and biases; narrow ranges survive quantization (tried on validation rows)
-MIN_WIDTH = 32  # neurons; narrower hidden layers lost 0.3 to 1 points at 3 and 4 bits (validation rows)
+MIN_WIDTH = 32  # neurons; with narrower hidden layers 0.3 to 1 points were lost at 3 and 4 bits (validation rows)
 QUANTIZATION_EPOCHS = 40  # of quantization-aware training; 80 gave 0.2 points more (validation rows) for twice the time
-KEPT_BITS = (4, 5)  # leading accumulator bits that are tried at each bit width; 3 loses points, 6 costs 2.3 times 5
-KEPT_BITS_TOLERANCE = 0.0025  # of validation accuracy that fewer kept bits may cost
-MAX_LOSS = 0.01  # of validation accuracy below the baseline that a network may have and still be ranked by its price
+ROUNDING_BITS = (4, 5)  # tried at each bit width; 3 loses points of accuracy, 6 cost 2.3 times as much as 5
+ROUNDING_BITS_TOLERANCE = 0.0025  # of validation accuracy that fewer rounding bits may cost
 KEEP = 10  # networks that are saved
 CYCLES = 20  # timed repetitions of each latency, after one that warms up
 
 
-def fine_tune(model: tf_keras.Sequential, data: dict[str, Any], epochs: int, title: str) -> None:
+def fine_tune(model: tf_keras.Sequential, data: Arrays, epochs: int, title: str) -> None:
     """Train `model` in place and keep the weights of the epoch with the least validation loss."""
     import tf_keras
 
@@ -94,35 +93,33 @@ def fine_tune(model: tf_keras.Sequential, data: dict[str, Any], epochs: int, tit
     )
 
 
-def quantize(
-    layers: Layers, data: dict[str, Any], targets: np.ndarray, epochs: int, seed: int, title: str
-) -> pd.DataFrame:
-    """Train the network at every bit width and number of kept bits: a row for each, the network in column "network"."""
-    members = [(bits, kept) for bits in BITS for kept in KEPT_BITS]
-    population = Population(layers, members, data["train"][0])
+def quantize(layers: Layers, data: Arrays, targets: np.ndarray, epochs: int, seed: int, title: str) -> pd.DataFrame:
+    """Train the network at every bit width and number of rounding bits, a row for each; column "network" holds it."""
+    members = [(bits, rounding_bits) for bits in BITS for rounding_bits in ROUNDING_BITS]
+    ensemble = Ensemble(layers, members, data["train"][0])
     with tqdm(total=epochs, desc=title, unit="epoch") as bar:
-        population.train(data, targets, epochs, seed, bar)
+        ensemble.train(data, targets, epochs, seed, bar)
     rows = [
         {
             "bits": network.bits,
-            "kept_bits": network.kept_bits,
+            "rounding_bits": network.rounding_bits,
             "pbs": network.pbs(),
             "predicted_complexity": network.predicted_complexity(data["train"][0]),
             "val_accuracy": network.accuracy(*data["val"]),
             "test_accuracy": network.accuracy(*data["test"]),
             "network": network,
         }
-        for network in population.networks(data["train"][0])
+        for network in ensemble.networks(data["train"][0])
     ]
     table = pd.DataFrame(rows)
-    enough = table.groupby("bits")["val_accuracy"].transform("max") - KEPT_BITS_TOLERANCE
-    fewest = table[table["val_accuracy"] >= enough].groupby("bits")["kept_bits"].transform("min")
-    table["chosen"] = table["kept_bits"].eq(fewest)
+    enough = table.groupby("bits")["val_accuracy"].transform("max") - ROUNDING_BITS_TOLERANCE
+    fewest = table[table["val_accuracy"] >= enough].groupby("bits")["rounding_bits"].transform("min")
+    table["chosen"] = table["rounding_bits"].eq(fewest)
     return table
 
 
-def price(quantized: pd.DataFrame, least: float) -> pd.Series:
-    """The cheapest row of at least `least` validation accuracy or, when there is none, the most accurate one."""
+def lowest_cost(quantized: pd.DataFrame, least: float) -> pd.Series:
+    """The row of the lowest cost of at least `least` validation accuracy or, where none has it, the most accurate."""
     good = quantized[quantized["val_accuracy"] >= least]
     return quantized.loc[good["predicted_complexity"].idxmin() if len(good) else quantized["val_accuracy"].idxmax()]
 
@@ -138,7 +135,7 @@ def latency_ms(model: Callable, X: np.ndarray) -> tuple[float, float]:
     return float(median), float(upper - lower)
 
 
-def measure(model: tf_keras.Sequential, data: dict[str, Any]) -> dict[str, float]:
+def measure(model: tf_keras.Sequential, data: Arrays) -> dict[str, float]:
     """Accuracy, size and latency of one network."""
     import tensorflow as tf
 
@@ -161,15 +158,15 @@ def measure(model: tf_keras.Sequential, data: dict[str, Any]) -> dict[str, float
 
 
 def rank(table: pd.DataFrame, least: float) -> list[int]:
-    """Index of `table`, the best first: what reaches `least` when quantized by its price, the rest by its accuracy.
+    """Index of `table`, the best first: what reaches `least` when quantized by its cost, the rest by its accuracy.
 
     Without quantized networks, by validation accuracy, the smaller network first among equals.
     """
     if "quantized_val_accuracy" not in table:
         return list(table.sort_values(["val_accuracy", "rate_percent"], ascending=False).index)
     good = table["quantized_val_accuracy"] >= least
-    by_price = table[good].sort_values(["predicted_complexity", "rate_percent"], ascending=[True, False])
-    return [*by_price.index, *table[~good].sort_values("quantized_val_accuracy", ascending=False).index]
+    by_cost = table[good].sort_values(["predicted_complexity", "rate_percent"], ascending=[True, False])
+    return [*by_cost.index, *table[~good].sort_values("quantized_val_accuracy", ascending=False).index]
 
 
 def save_best(
@@ -220,7 +217,7 @@ def plot_results(table: pd.DataFrame, before: dict[str, float], workdir: Path) -
     save_figure(figure, workdir / "dynamic_pruning_latency.png")
 
 
-def plot_price(quantized: pd.DataFrame, baseline: float, path: Path) -> None:
+def plot_cost(quantized: pd.DataFrame, baseline: float, max_loss: float, path: Path) -> None:
     """Predicted encrypted cost against validation accuracy of the chosen quantized networks, one series a bit width."""
     import matplotlib.pyplot as plt
 
@@ -229,12 +226,12 @@ def plot_price(quantized: pd.DataFrame, baseline: float, path: Path) -> None:
         group = group.sort_values("predicted_complexity")
         axis.plot(group["predicted_complexity"], 100 * group["val_accuracy"], marker="o", label=f"{bits} bits")
     axis.axhline(100 * baseline, color="black", ls="--", label="float baseline")
-    axis.axhline(100 * (baseline - MAX_LOSS), color="black", ls=":", label=f"{100 * MAX_LOSS:g} point below")
+    axis.axhline(100 * (baseline - max_loss), color="black", ls=":", label=f"{100 * max_loss:g} points below")
     axis.set(
         xscale="log",
         xlabel="predicted complexity of one encrypted beat",
         ylabel="validation accuracy (%)",
-        title="Accuracy of the quantized networks against their predicted price",
+        title="Accuracy of the quantized networks against their predicted cost",
     )
     axis.legend()
     save_figure(figure, path)
@@ -247,9 +244,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--fine-tune-epochs", type=natural_int, default=FINE_TUNE_EPOCHS, help="after each rate; 0: one-shot"
     )
-    parser.add_argument("--min-width", type=positive_int, default=MIN_WIDTH, help="narrower hidden layers go")
+    parser.add_argument("--min-width", type=positive_int, default=MIN_WIDTH, help="narrower hidden layers are removed")
     parser.add_argument(
         "--quantization-epochs", type=natural_int, default=QUANTIZATION_EPOCHS, help="0: leave quantization to step 5"
+    )
+    parser.add_argument(
+        "--max-loss",
+        type=positive_float,
+        default=TOLERATED_LOSS,
+        help="validation accuracy below the baseline up to which a quantized network is ranked by its cost",
     )
     args = parser.parse_args(argv)
     if sorted(set(args.rates)) != list(args.rates) or not 0 <= args.rates[0] <= args.rates[-1] < 100:
@@ -257,8 +260,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_writable(args.workdir)
     data = load_arrays(args.data_dir)
     start_tensorflow(args.seed)
-    start = load_mlp(args.workdir / "tf_pruned_model.h5", "python TF_pruning.py")
-    baseline = load_mlp(args.workdir / "MLP_model_0.h5", "python MLP_model_0.py")
+    features = data["train"][0].shape[1]
+    start = load_mlp(args.workdir / "tf_pruned_model.h5", "python TF_pruning.py", features)
+    baseline = load_mlp(args.workdir / "MLP_model_0.h5", "python MLP_model_0.py", features)
     before = {part: accuracy(start, *data[part]) for part in ("val", "test")}
     goal = accuracy(baseline, *data["val"])
     targets = baseline(data["train"][0]).numpy()[:, 0]
@@ -287,15 +291,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         layers = dense_layers(models[rate])
         title = f"{rate} % removed, quantized"
         found[rate] = quantize(layers, data, targets, args.quantization_epochs, args.seed, title)
-        best = price(found[rate][found[rate]["chosen"]], goal - MAX_LOSS)
-        row |= {"quantized_bits": best["bits"], "kept_bits": best["kept_bits"], "pbs": best["pbs"]}
+        best = lowest_cost(found[rate][found[rate]["chosen"]], goal - args.max_loss)
+        row |= {"quantized_bits": best["bits"], "rounding_bits": best["rounding_bits"], "pbs": best["pbs"]}
         row |= {f"quantized_{part}_accuracy": best[f"{part}_accuracy"] for part in ("val", "test")}
         row["predicted_complexity"] = best["predicted_complexity"]
-        if sum(other.get("quantized_val_accuracy", 0) >= goal - MAX_LOSS for other in rows) == KEEP:
+        if sum(other.get("quantized_val_accuracy", 0) >= goal - args.max_loss for other in rows) == KEEP:
             break
     quantized = {rate: list(one.loc[one["chosen"], "network"]) for rate, one in found.items()}
     table = pd.DataFrame(rows)
-    table["file"] = save_best(models, quantized, table, rank(table, goal - MAX_LOSS), args.workdir)
+    table["file"] = save_best(models, quantized, table, rank(table, goal - args.max_loss), args.workdir)
     for name, expected in zip(table["file"], table["val_accuracy"]):
         if name and accuracy(load_mlp(args.workdir / name, ""), *data["val"]) != expected:
             raise AssertionError(f"{name} does not give the accuracy that was measured before it was saved")
@@ -303,8 +307,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         **machine_facts(),
         "start": f"tf_pruned_model.h5, validation {before['val']:.4f}, test {before['test']:.4f}",
         "teacher": f"MLP_model_0.h5, validation {goal:.4f}",
-        "rank": f"by price among those at most {100 * MAX_LOSS:g} points below the teacher when quantized",
-        "predicted_complexity": "neurons times the cost of their kept bits, at p_error 2^-13",
+        "rank": f"by cost among those at most {100 * args.max_loss:g} points below the teacher when quantized",
+        "predicted_complexity": "neurons times the complexity of one PBS at their rounding bits, at p_error 2^-13",
         "fine_tune_epochs": args.fine_tune_epochs,
         "quantization_epochs": args.quantization_epochs,
         "min_width": args.min_width,
@@ -312,15 +316,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "latency": f"median and interquartile range of {CYCLES} cycles, not encrypted",
         "rows": f"validation {len(data['val'][1])}, test {len(data['test'][1])}",
     }
-    sheets = {"results": table, "settings": pd.DataFrame(settings.items(), columns=["setting", "value"])}
+    sheets = {"results": table, "settings": settings_sheet(settings)}
     (args.workdir / "dynamic_pruning_cost.png").unlink(missing_ok=True)
     if found:
         parts = [one.drop(columns="network").assign(rate_percent=rate) for rate, one in sorted(found.items())]
         sheets["quantized"] = pd.concat(parts)[["rate_percent", *parts[0].columns[:-1]]]
-        plot_price(sheets["quantized"], goal, args.workdir / "dynamic_pruning_cost.png")
+        plot_cost(sheets["quantized"], goal, args.max_loss, args.workdir / "dynamic_pruning_cost.png")
     write_workbook(args.workdir / "dynamic_pruning_results.xlsx", sheets)
     plot_results(table, before, args.workdir)
-    shown = ["rate_percent", "hidden_layers", "val_accuracy", "test_accuracy", "quantized_bits", "kept_bits", "pbs"]
+    shown = ["rate_percent", "hidden_layers", "val_accuracy", "test_accuracy", "quantized_bits", "rounding_bits", "pbs"]
     shown += ["quantized_val_accuracy", "predicted_complexity"]
     printed = table[[name for name in shown if name in table]].assign(rank=table["file"].str.split("_").str[3])
     print(f"\n{printed.to_string(index=False, formatters={'predicted_complexity': '{:.2e}'.format})}\n")

@@ -1,28 +1,32 @@
-"""Step 5: compile the best networks at 2-7 bits and classify beats in clear and encrypted (TFHE, Concrete ML).
+"""Step 5: compile the best networks at 2-7 bits and classify beats cleartext and encrypted (TFHE, Concrete ML).
 
 Every configuration (network, bits) is compiled first; then the plan with the predicted times is printed, and what is
 affordable runs encrypted on a seeded draw of test rows. Where step 3 trained a network for a bit width, that one is
 taken (quantized/{name}_{bits}bits.onnx), else Concrete ML quantizes the float network. The last sigmoid stays with the
-client: the encrypted graph ends in the logit, whose sign is the decision. What each configuration saves is told against
-the plain way: n_bits only, ten rows of calibration, no rounding, sigmoid encrypted; of it only the price is computed.
+client: the encrypted graph ends in the logit, whose sign is the decision. Costs are compared with default PTQ: n_bits
+only, ten rows of calibration, no rounding, the sigmoid encrypted as well.
 
-Each finished batch of a configuration is on disk before the next starts. The same command again goes on where a run
-was cut short; another network, data set, setting, version or program starts new workbooks and keeps the old ones.
+Each finished configuration and batch is in the database before the next starts; rerun the command to resume. Results of
+another network, data set, setting or version are kept apart in the same database.
 
-Reads   pruned_model_top_*.onnx and quantized/ in --workdir (python h5_onnx_converter.py makes them), the arrays in
-        --data-dir and, for the pictures, benchmark.xlsx in --workdir when it is there (make bench)
-Writes  to --workdir: results_batch_{number}.xlsx, fhe_summary.xlsx, fhe_frontier.png; to --export: what to deploy
+Reads   pruned_model_top_*.onnx and quantized/ in --workdir (python h5_onnx_converter.py makes them),
+        the arrays in --data-dir
+Writes  to --workdir: fhe_results.sqlite and, from it, results_batch_{number}.xlsx, fhe_summary.xlsx, fhe_frontier.png;
+        to --export: what to deploy
 Run     python fhe_experiments.py
-        python fhe_experiments.py --top 10 --batches 145 --dry-run      (what would it take?)
-        python fhe_experiments.py --reference --top 1 --bits 2 3        (the plain way, encrypted where affordable)
+        python fhe_experiments.py --top 10 --batches 145 --dry-run      (estimate only)
+        python fhe_experiments.py --reference --top 1 --bits 2 3        (default PTQ, encrypted where affordable)
         python fhe_experiments.py --export deployed                     (client and server for one configuration)
+        python fhe_experiments.py --report                              (workbooks and pictures anew from the database)
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,149 +34,84 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from fhe_mlp.circuit import PLAIN, Setting, calibrate_machine, load_network
-from fhe_mlp.cluster import LOCAL, scheduler_address
-from fhe_mlp.common import (
-    InputError,
-    check_writable,
-    digest,
-    machine_facts,
-    make_parser,
-    natural_int,
-    only_run_in,
-    positive_float,
-    positive_int,
-    run_in_child,
-)
+from fhe_mlp import circuit, cli
+from fhe_mlp.arrays import Arrays, feature_table, load_arrays, load_scaler
+from fhe_mlp.cluster import Cluster, connect, scheduler_address
+from fhe_mlp.configuration import DEFAULT_PTQ, Configuration, Setting, identify, load_configuration, versions
 from fhe_mlp.deployment import check_new, export
-from fhe_mlp.experiment import CODE_SHA256, Data, Job, accuracies, drawn_rows, make_job, price, versions
 from fhe_mlp.networks import by_rank
-from fhe_mlp.plan import make_plan, most_accurate, print_plan, run_plan
-from fhe_mlp.quantized import BITS
-from fhe_mlp.results import Workbooks, other_points, plot_frontier, read_benchmark, read_plain, write_summary
-from preprocess_mitbih import load_arrays
+from fhe_mlp.quantized import BITS, TOLERATED_LOSS
+from fhe_mlp.report import Report
+from fhe_mlp.store import Store
 
 TOP = 6  # best networks of step 3
 BATCH_SIZE = 50  # consecutive test rows a batch, as published
 SAMPLES = 10  # rows drawn from each batch, as published
 CALIBRATION_ROWS = 1000  # training rows that fix the quantization ranges
-PLAIN_BITS = BITS  # whose price is told, of the plain way
-PLAIN_CALIBRATION_ROWS = 10  # of the plain way
-MAX_LOSS = 0.01  # of validation accuracy: what counts as equally accurate when prices are compared or one is chosen
+DEFAULT_PTQ_BITS = BITS  # of weights and activations, of default PTQ
+DEFAULT_PTQ_ROWS = 10  # of calibration, of default PTQ
 SIMULATED_ROWS = 500  # test rows for the simulated accuracy; simulation takes milliseconds a row
 ROUNDING_BITS = 6  # leading accumulator bits kept where Concrete ML quantizes; step 3's networks have their own
 P_ERROR = 2.0**-13  # chance that one bootstrap is off by one step; Concrete ML's default is 2^-40
 MAX_SECONDS = 60.0  # seconds a sample above which a configuration is not run
-GO_ON = "what is finished is saved in results_batch_*.xlsx; the same command goes on from there"  # after Ctrl-C
-SHOWN = ["model_name", "q_bits", "rounding_bits", "complexity", "times_cheaper_than_plain", "accuracy_clear_test_set"]
-SHOWN += ["accuracy_simulated", "run_seconds", "n", "accuracy_fhe", "on_front", "status"]  # columns printed at the end
+SAME_COST = 0.01  # relative difference of complexity that nobody would notice
+EXAMPLE_BEATS = 5  # of the training part, exported
+DATABASE = "fhe_results.sqlite"
+RESUME = f"finished results are in {DATABASE}; rerun the command to resume"  # printed after Ctrl-C
+WORKERS_DIED = "its workers died, several in a row"
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, about {remaining} left{postfix}"
 
 
-def plain_prices(path: Path, data: Data, calibration: np.ndarray, basis: dict[str, Any], workdir: Path) -> pd.DataFrame:
-    """What the plain way costs for the float network in `path`, a row for each bit width; nothing is encrypted.
-
-    Taken from fhe_summary.xlsx in `workdir` where the same was computed before. The row that prices are compared with
-    is marked in column "compared": the cheapest whose validation accuracy is at most MAX_LOSS below the best of them.
-    """
-    jobs = [make_job(path, bits, PLAIN, data, calibration[:PLAIN_CALIBRATION_ROWS], basis) for bits in PLAIN_BITS]
-    known = read_plain(workdir)
-    if list(known.get("identity", [])) == [job.key for job in jobs]:
-        return known
-    rows = []
-    for job in tqdm(jobs, desc="plain way, for comparison", unit="circuit"):
-        facts, module = price(job)
-        row = {"model_name": job.model_name, "q_bits": job.bits, **job.identity, **facts}
-        if module is not None:
-            row |= accuracies(module, job, data, np.array([], dtype=int))
-        rows.append(row)
-    table = pd.DataFrame(rows)
-    table["compared"] = False
-    if "complexity" in table and table["complexity"].notna().any():
-        good = table[table["accuracy_clear_validation"] >= table["accuracy_clear_validation"].max() - MAX_LOSS]
-        table.loc[good["complexity"].idxmin(), "compared"] = True
-    return table
-
-
+# -------------------------------------------------------------------------------------------------------- what is asked
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     option = parser.add_argument
     option("--models", type=Path, nargs="+", help=".onnx files (default: the best of step 4)")
-    option("--top", type=positive_int, default=TOP, help="how many of the best networks")
+    option("--top", type=cli.positive_int, default=TOP, help="how many of the best networks")
     option("--bits", type=int, nargs="+", choices=BITS, default=BITS, help="of weights and activations")
-    option("--batch-size", type=positive_int, default=BATCH_SIZE, help="consecutive test rows a batch")
-    option("--samples", type=positive_int, default=SAMPLES, help="rows drawn from each batch")
-    option("--batches", type=positive_int, default=1, help="how many batches")
-    option("--start-batch", type=natural_int, default=0, help="number of the first batch, from 0")
-    option("--max-seconds", type=positive_float, default=MAX_SECONDS, help="most seconds a sample; dearer is not run")
+    option("--batch-size", type=cli.positive_int, default=BATCH_SIZE, help="consecutive test rows a batch")
+    option("--samples", type=cli.positive_int, default=SAMPLES, help="rows drawn from each batch")
+    option("--batches", type=cli.positive_int, default=1, help="how many batches")
+    option("--start-batch", type=cli.natural_int, default=0, help="number of the first batch, from 0")
+    option("--max-seconds", type=cli.positive_float, default=MAX_SECONDS, help="what takes more a sample is not run")
+    option("--max-loss", type=cli.positive_float, default=TOLERATED_LOSS, help="of validation accuracy, for less cost")
     option("--post-training", action="store_true", help="leave step 3's quantized networks aside, quantize here")
-    option("--rounding-bits", type=int, choices=range(2, 9), default=ROUNDING_BITS, help="kept when quantizing here")
+    option("--rounding-bits", type=int, choices=range(2, 9), default=ROUNDING_BITS, help="of networks quantized here")
     option("--p-error", type=float, default=P_ERROR, help="chance that one bootstrap fails by a step")
-    option("--reference", action="store_true", help="the plain way: no rounding, p_error 2^-40")
-    option("--dry-run", action="store_true", help="print the plan, run nothing, write nothing")
+    option("--reference", action="store_true", help="default PTQ: no rounding, p_error 2^-40, the sigmoid encrypted")
     option("--scheduler", type=scheduler_address, help="Dask's (tcp://HOST:8786), or local:N for N processes here")
-    option(
-        "--export", type=Path, metavar="DIR", help="write client and server for the best of the named models and bits"
-    )
+    only = parser.add_mutually_exclusive_group().add_argument
+    only("--dry-run", action="store_true", help="print the plan, run nothing, write nothing")
+    only("--report", action="store_true", help="write workbooks and pictures from the database, run nothing")
+    only("--export", type=Path, metavar="DIR", help="write client and server for the best configuration")
     args = parser.parse_args(argv)
     if not 2.0**-60 <= args.p_error < 1:
         parser.error("--p-error must lie between 2^-60 and 1")
-    if args.export and (args.dry_run or args.scheduler):
-        parser.error("--export goes with neither --dry-run nor --scheduler")
+    given = parser.parse_args(argv, argparse.Namespace(p_error=None, rounding_bits=None))
+    if args.reference and (given.p_error or given.rounding_bits or args.post_training):
+        parser.error("--reference fixes what --p-error, --rounding-bits and --post-training would set")
+    if args.export and args.scheduler:
+        parser.error("--export does not use --scheduler")
+    args.bits = sorted(set(args.bits))
     return args
-
-
-def known_jobs(
-    args: argparse.Namespace, paths: list[Path], make: Callable[[Path, int], Job]
-) -> dict[tuple[Path, int], Job]:
-    """The configurations of all networks at hand, by rank and bits: their rows may stand together in the workbooks.
-
-    Raises InputError for a damaged file among those that are asked for; others are passed over.
-    """
-    known = {}
-    for path in dict.fromkeys([*by_rank(args.workdir, ".onnx"), *paths]):
-        for bits in BITS:
-            try:
-                load_network(path)
-                known[path, bits] = make(path, bits)
-            except InputError:
-                if path in paths and bits in args.bits:
-                    raise
-    return known
-
-
-def described_settings(args: argparse.Namespace, setting: Setting, plain: Path) -> dict[str, Any]:
-    """The settings sheet: machine, versions, options, and what the columns mean."""
-    from concrete.fhe import Configuration
-
-    return {
-        **machine_facts(),
-        "rounding_bits": "leading bits of each accumulator that the encrypted ReLU looks at; their number is the price",
-        "p_error": setting.p_error,
-        "p_error in words": f"one encrypted ReLU in {1 / setting.p_error:,.0f} may fail by a step; an accumulator "
-        "between two rounding steps may be taken for either, so that encrypted outputs are often some steps off; "
-        "accuracy_simulated has this noise, accuracy_clear_same_rows is without it on the same rows",
-        "security": f"{int(Configuration().security_level)} bits (Concrete's default); p_error does not change it",
-        "calibration": f"{CALIBRATION_ROWS} training rows and those that drive an accumulator to its ends",
-        "plain way": f"{plain.stem}, n_bits only, {PLAIN_CALIBRATION_ROWS} training rows as calibration",
-        "times_cheaper_than_plain": "complexity of the plain way at its cheapest bit width within "
-        f"{100 * MAX_LOSS:g} point of its best validation accuracy, divided by this complexity",
-        "on_front": "no configuration that costs as much or less has a better validation accuracy",
-        "identity": "rows of the same identity stand for each other; it is a digest of network, bits and setting, of "
-        "data_sha256, code_sha256, rows_sha256, versions, seed, batch_size and samples",
-        **{f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items()},
-        "times": "seconds; *_seconds: median of one sample, after one run that warms up; fhe_time: sum over num_items",
-    }
 
 
 def chosen_networks(args: argparse.Namespace) -> list[Path]:
     """Paths of the float networks that are asked for. Raises InputError where there are none or names collide."""
-    paths = args.models or by_rank(args.workdir, ".onnx")[: args.top]
+    top = 1 if args.export else args.top
+    paths = args.models or by_rank(args.workdir, ".onnx")[:top]
     if not paths:
-        raise InputError(f"{args.workdir}: no pruned_model_top_*.onnx; make them with: python h5_onnx_converter.py")
+        raise cli.InputError(f"{args.workdir}: no pruned_model_top_*.onnx; make them with: python h5_onnx_converter.py")
     if len({path.stem for path in paths}) < len(paths):
-        raise InputError("--models: two files have the same name; their rows could not be told apart")
+        raise cli.InputError("--models: two files have the same name; their rows could not be told apart")
     return paths
+
+
+def drawn_rows(batch: int, batch_size: int, samples: int, rows: int, seed: int) -> np.ndarray:
+    """Rising indices of the test rows drawn from batch number `batch`; they do not depend on which batches are run."""
+    members = np.arange(batch * batch_size, min((batch + 1) * batch_size, rows))
+    return np.sort(np.random.default_rng([seed, batch]).choice(members, min(samples, len(members)), replace=False))
 
 
 def drawn_by_batch(args: argparse.Namespace, rows: int) -> dict[int, np.ndarray]:
@@ -180,70 +119,360 @@ def drawn_by_batch(args: argparse.Namespace, rows: int) -> dict[int, np.ndarray]
     batches = range(args.start_batch, args.start_batch + args.batches)
     last = (rows - 1) // args.batch_size
     if batches[-1] > last:
-        raise InputError(f"batch {batches[-1]} does not exist, the last is {last}; see --start-batch and --batches")
+        raise cli.InputError(f"batch {batches[-1]} does not exist, the last is {last}; see --start-batch and --batches")
     return {batch: drawn_rows(batch, args.batch_size, args.samples, rows, args.seed) for batch in batches}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Compile all, tell what it will take, run encrypted what is affordable and not yet done."""
-    args = parse_arguments(argv)
-    if args.export:
-        check_new(args.export)
+@dataclass(frozen=True)
+class Experiment:
+    """What all configurations of one command share."""
+
+    data: Arrays
+    setting: Setting
+    calibration: np.ndarray  # training rows (n, features)
+    simulated: np.ndarray  # indices of test rows
+    basis: dict[str, Any]  # what identifies results besides network, bits and setting
+
+
+def describe(args: argparse.Namespace) -> Experiment:
+    """Arrays, setting and the seeded choice of rows."""
     data = load_arrays(args.data_dir)
-    drawn = drawn_by_batch(args, len(data["test"][1]))
-    paths = chosen_networks(args)
-    setting = PLAIN if args.reference else Setting(args.rounding_bits, args.p_error, 0.0, not args.post_training)
     rng = np.random.default_rng(args.seed)
     calibration = data["train"][0][rng.permutation(len(data["train"][0]))[:CALIBRATION_ROWS]]
-    if setting == PLAIN:
-        calibration = calibration[:PLAIN_CALIBRATION_ROWS]
     simulated = np.sort(rng.permutation(len(data["test"][1]))[:SIMULATED_ROWS])
+    setting = DEFAULT_PTQ if args.reference else Setting(args.rounding_bits, args.p_error, 0.0, not args.post_training)
+    if args.reference:
+        calibration = calibration[:DEFAULT_PTQ_ROWS]
     basis = {
-        "data_sha256": digest(b"".join(array.tobytes() for part in data.values() for array in part)),
-        "code_sha256": CODE_SHA256,
-        "rows_sha256": digest(calibration.tobytes() + simulated.tobytes()),  # of calibration and simulation
+        "data_sha256": cli.digest(b"".join(array.tobytes() for part in data.values() for array in part)),
+        "rows_sha256": cli.digest(calibration.tobytes() + simulated.tobytes()),  # of calibration and simulation
         **versions(),
         "seed": args.seed,
         "batch_size": args.batch_size,
         "samples": args.samples,
     }
-    known = known_jobs(args, paths, lambda path, bits: make_job(path, bits, setting, data, calibration, basis))
-    jobs = [known[path, bits] for path in paths for bits in args.bits]
-    if args.export:
-        export(jobs[: len(args.bits)], data, MAX_LOSS, args.data_dir, args.export)
-        return
-    plain_network = most_accurate(dict.fromkeys(path for path, _ in known), data)
-    settings = described_settings(args, setting, plain_network)
-    benchmark = read_benchmark(args.workdir)
-    with contextlib.ExitStack() as stack:
-        if not args.dry_run:
-            check_writable(args.workdir)
-            stack.enter_context(only_run_in(args.workdir))
-        workbooks = Workbooks(args.workdir, [job.key for job in known.values()], settings)
-        print("measuring this machine ...", flush=True)
-        speed = calibrate_machine(setting, args.seed)
-        missing = {job: {b: rows for b, rows in drawn.items() if not workbooks.finished(job.key, b)} for job in jobs}
-        missing = {job: rows for job, rows in missing.items() if rows}
-        here = args.scheduler is None or args.scheduler.startswith(LOCAL)
-        tasks = make_plan(missing, speed, args.max_seconds, SIMULATED_ROWS, here)
-        print_plan(tasks, len(jobs) - len(tasks))
-        if args.dry_run:
+    return Experiment(data, setting, calibration, simulated, basis)
+
+
+# ------------------------------------------------------------------------------------------- what it costs: default PTQ
+def reference_network(workdir: Path, paths: Sequence[Path]) -> Path:
+    """The float network that default PTQ is applied to: of the best validation accuracy, which is in its name."""
+    ranked = by_rank(workdir, ".onnx")
+    return max(ranked, key=lambda path: path.stem.split("_acc_")[-1]) if ranked else paths[0]
+
+
+def comparison_basis(reference: Path, experiment: Experiment, max_loss: float) -> str:
+    """Name of the rows that other models have in the database for the same data and versions."""
+    return cli.digest(repr((identify(reference, 0, DEFAULT_PTQ, experiment.basis)["identity"], max_loss)))
+
+
+def default_ptq(reference: Path, experiment: Experiment, max_loss: float) -> list[dict[str, Any]]:
+    """What default PTQ gives at each bit width, a row each: cleartext accuracy, which needs no circuit.
+
+    Compiled is only what our costs are compared with ("compared"): the fewest bits whose validation accuracy is at most
+    `max_loss` below the best. Wider ones cost more and take minutes to compile; `make bench` has them all.
+    """
+    rows, configurations = {}, {}
+    calibration = experiment.calibration[:DEFAULT_PTQ_ROWS]
+    for bits in DEFAULT_PTQ_BITS:
+        name = {
+            "name": f"default PTQ, {bits} bits",
+            "kind": "default PTQ",
+            "model_name": reference.stem,
+            "q_bits": bits,
+        }
+        configuration = load_configuration(reference, bits, DEFAULT_PTQ, experiment.data, calibration, experiment.basis)
+        try:
+            found = circuit.accuracies(
+                circuit.quantize(configuration), configuration, experiment.data, np.array([], dtype=int)
+            )
+        except circuit.CIRCUIT_ERRORS as error:
+            rows[bits] = {**name, "note": cli.first_line(error)}
+            continue
+        rows[bits] = {**name, "accuracy_validation": found["accuracy_clear_validation"]}
+        rows[bits] |= {"accuracy": found["accuracy_clear_test_set"], "compared": False}
+        configurations[bits] = configuration
+    best = max((row.get("accuracy_validation", 0) for row in rows.values()), default=0)
+    for bits, configuration in configurations.items():
+        if rows[bits]["accuracy_validation"] >= best - max_loss:
+            facts, module = circuit.cost(configuration)
+            if module is not None:
+                rows[bits] |= {"complexity": facts["complexity"], "pbs": facts["pbs"], "compared": True}
+                break
+            rows[bits]["note"] = facts["reason"]
+    return list(rows.values())
+
+
+# ------------------------------------------------------------------------------------------------------------- the plan
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A configuration that is to run: what its compilation gave, and on which rows."""
+
+    configuration: Configuration
+    facts: dict[str, Any]  # of circuit.cost and the two judges below
+    drawn: dict[int, np.ndarray]  # test rows by batch
+    seconds: float  # predicted, for all of it
+    worker: str | None = None  # that has compiled it
+
+    @property
+    def samples(self) -> int:
+        """Rows that will run encrypted."""
+        return sum(map(len, self.drawn.values())) if self.facts["status"] == "ok" else 0
+
+
+def judge_time(facts: dict[str, Any], seconds_per_unit: float, limit: float) -> None:
+    """Add the predicted seconds a sample to the facts of a compiled configuration, and refuse what exceeds `limit`."""
+    if facts["status"] == "ok":
+        seconds = facts["predicted_seconds"] = facts["complexity"] * seconds_per_unit
+        if seconds > limit:
+            reason = f"predicted {seconds:.0f} s a sample, over --max-seconds {limit:g}"
+            facts |= {"status": "too slow", "reason": reason}
+
+
+def compiled(configurations: Sequence[Configuration], cluster: Cluster | None) -> Iterator[tuple[int, str | None, Any]]:
+    """Compile each configuration, here or on the cluster; yield its number, who did it and the facts of its cost."""
+    with tqdm(total=len(configurations), desc="compiling", unit="circuit", disable=not configurations) as bar:
+        if cluster:
+            found = cluster.map(circuit.plan_circuit, [(c,) for c in configurations], bar.set_postfix_str)
+        else:
+            found = ((number, None, circuit.plan_circuit(c)) for number, c in enumerate(configurations))
+        for number, worker, facts in found:
+            bar.update()
+            yield number, worker, facts or {"status": "failed", "reason": WORKERS_DIED}
+
+
+def make_plan(
+    missing: dict[Configuration, dict[int, np.ndarray]],
+    speed: circuit.Speed,
+    limit: float,
+    simulated_rows: int,
+    cluster: Cluster | None,
+) -> list[Task]:
+    """Tasks for the configurations of `missing` with their test rows by batch; limit: affordable seconds a sample."""
+    configurations = list(missing)
+    tasks: dict[int, Task] = {}
+    for number, worker, facts in compiled(configurations, cluster):
+        judge_time(facts, speed.unit, limit)
+        if cluster is None or cluster.sharing:  # on this machine
+            circuit.judge_memory(facts)
+        task = Task(configurations[number], facts, missing[configurations[number]], 0.0, worker)
+        seconds = speed.simulated_pbs * facts.get("pbs", 0) * simulated_rows
+        if facts["status"] == "ok":
+            seconds += facts["evaluation_keys_MB"] * 1e6 * speed.key_byte
+            seconds += facts["predicted_seconds"] * (task.samples + 1)
+        tasks[number] = replace(task, seconds=seconds)
+    return [tasks[number] for number in sorted(tasks)]
+
+
+def print_plan(tasks: Sequence[Task], finished: int) -> None:
+    """Show what will run, what not and why, and about how long it takes."""
+    if finished:
+        print(f"\n{finished} configurations are finished and stay as they are")
+    columns = ["model", "bits", "pbs", "complexity", "predicted_seconds", "evaluation_keys_MB", "predicted_memory_MB"]
+    plan = pd.DataFrame({"model": t.configuration.model_name, "bits": t.configuration.bits, **t.facts} for t in tasks)
+    plan = plan.reindex(columns=[*columns, "status"]).assign(minutes=[t.seconds / 60 for t in tasks])
+    print(f"\n{plan.to_string(index=False, float_format='{:.4g}'.format)}")
+    samples, runnable = sum(t.samples for t in tasks), sum(t.facts["status"] == "ok" for t in tasks)
+    minutes = sum(t.seconds for t in tasks) / 60
+    print(f"\n{len(tasks)} configurations to do, {runnable} of them encrypted, on {samples} rows in all: ", end="")
+    print(f"about {minutes:.1f} min", flush=True)
+
+
+# ----------------------------------------------------------------------------------- cleartext, simulated and encrypted
+def failed_results(task: Task) -> Iterator[circuit.Result]:
+    """Rows of a configuration whose workers died."""
+    row = {"model_name": task.configuration.model_name, "q_bits": task.configuration.bits, **task.facts}
+    row |= {**task.configuration.identity, "status": "failed", "reason": WORKERS_DIED}
+    for batch, index in task.drawn.items():
+        yield batch, {**row, "batch": batch, "num_items": len(index)}, None
+
+
+def run_plan(
+    tasks: Sequence[Task], experiment: Experiment, limit: float, cluster: Cluster | None
+) -> Iterator[circuit.Result]:
+    """Run the tasks here or on the cluster and yield what is finished.
+
+    The bar counts predicted seconds, so that the time left follows from those measured so far.
+    """
+    ready = samples = 0
+    everything = sum(t.samples for t in tasks)
+    sent = {part: experiment.data[part] for part in ("val", "test")}
+    jobs = [(t.configuration, t.facts, t.drawn, sent, experiment.simulated, limit) for t in tasks]
+    with tqdm(total=sum(t.seconds for t in tasks), desc="encrypted", bar_format=BAR, smoothing=0.1) as bar:
+
+        def show(seconds: float, text: str = "") -> None:
+            counts = f"{ready} of {len(tasks)} configurations, {samples} of {everything} samples"
+            bar.set_postfix_str(f"{counts}; {text}" if text else counts, refresh=False)
+            bar.update(min(seconds, bar.total - bar.n))
+
+        if cluster:
+            places = [task.worker for task in tasks]
+            for number, worker, results in cluster.map(circuit.all_batches, jobs, lambda text: show(0, text), places):
+                yield from failed_results(tasks[number]) if worker is None else results
+                ready, samples = ready + 1, samples + tasks[number].samples
+                show(tasks[number].seconds)
             return
-        plain = plain_prices(plain_network, data, calibration, basis, args.workdir)
-        workbooks.set_foreign_aside()
-        left = {job.key: len(rows) for job, rows in missing.items()}
-        for result in run_plan(tasks, data, simulated, args.max_seconds, args.scheduler):
-            workbooks.add(result)
-            left[result.row["identity"]] -= 1
-            if not left[result.row["identity"]]:
-                write_summary(args.workdir, workbooks, plain, settings)
-        summary = write_summary(args.workdir, workbooks, plain, settings)
-    if summary["complexity"].notna().any():
-        plot_frontier(summary, other_points(plain, benchmark), args.workdir / "fhe_frontier.png")
-    shown = summary[[name for name in SHOWN if name in summary]]
-    print(f"\n{shown.to_string(index=False, float_format='{:.4g}'.format)}\n")
-    print(f"wrote {len(drawn)} results_batch_*.xlsx, fhe_summary.xlsx and fhe_frontier.png to {args.workdir}")
+        for task, job in zip(tasks, jobs):
+            rest = task.seconds
+
+            def tick(text: str, finished: int, each: float = task.facts.get("predicted_seconds", 0)) -> None:
+                nonlocal samples, rest
+                samples, rest = samples + finished, rest - finished * each
+                show(finished * each, text)
+
+            yield from circuit.run_batches(*job, tick)
+            ready += 1
+            show(max(0.0, rest))
+
+
+# ---------------------------------------------------------------------------------------------------------- the results
+def described_settings(args: argparse.Namespace, experiment: Experiment, reference: Path) -> dict[str, Any]:
+    """The settings sheet: machine, versions, options, and what the columns mean."""
+    p_error = experiment.setting.p_error
+    return {
+        **cli.machine_facts(),
+        "rounding_bits": "leading bits of each accumulator that the encrypted ReLU sees; complexity rises with them",
+        "p_error": p_error,
+        "p_error in words": f"one encrypted ReLU in {1 / p_error:,.0f} may fail by a step; an accumulator between two "
+        "rounding steps may be taken for either, so that encrypted outputs are often some steps off; "
+        "accuracy_simulated has this noise, accuracy_clear_same_rows is without it on the same rows",
+        "security_bits": "Concrete's security level of keys and ciphertexts; p_error does not change it",
+        "calibration": f"{CALIBRATION_ROWS} training rows and those of each accumulator's minimum and maximum",
+        "default PTQ": f"{reference.stem}, n_bits only, {DEFAULT_PTQ_ROWS} training rows as calibration",
+        "complexity_ratio_default_ptq": "complexity of default PTQ, at the fewest bits whose validation accuracy is "
+        f"within {100 * args.max_loss:g} points of its best, divided by this complexity",
+        "on_front": "no configuration of the same or lower complexity has as good a validation accuracy",
+        "identity": "rows of the same identity stand for each other; it is a digest of network, bits and setting, of "
+        "data_sha256, rows_sha256, versions, seed, batch_size and samples",
+        **{f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items()},
+        "times": "seconds; *_seconds: median of one sample, after one run that warms up; fhe_time: sum over num_items",
+    }
+
+
+def report_for(args: argparse.Namespace, experiment: Experiment, paths: Sequence[Path], store: Store) -> Report:
+    """What is written for the networks at hand: those of step 4 in --workdir, and the ones in `paths`."""
+    reference = reference_network(args.workdir, paths)
+    at_hand = dict.fromkeys([*by_rank(args.workdir, ".onnx"), *paths])
+    known = [
+        identify(path, bits, experiment.setting, experiment.basis)["identity"] for path in at_hand for bits in BITS
+    ]
+    basis = comparison_basis(reference, experiment, args.max_loss)
+    return Report(args.workdir, store, known, basis, described_settings(args, experiment, reference))
+
+
+# ----------------------------------------------------------------------------------------------------------- the export
+def best_for_export(found: Sequence[dict[str, Any]], max_loss: float) -> int:
+    """Number of the configuration to deploy; found: the facts of each, with complexity and validation accuracy.
+
+    Of those at most `max_loss` below the best, the lowest complexity; of those that cost the same but for SAME_COST,
+    the best accuracy.
+    """
+    accuracy = [facts["accuracy_clear_validation"] for facts in found]
+    good = [number for number, one in enumerate(accuracy) if one >= max(accuracy) - max_loss]
+    most = min(found[number]["complexity"] for number in good) * (1 + SAME_COST)
+    return max((number for number in good if found[number]["complexity"] <= most), key=accuracy.__getitem__)
+
+
+def export_best(args: argparse.Namespace, experiment: Experiment, paths: Sequence[Path]) -> None:
+    """Write client and server for the best configuration of the networks in `paths`.
+
+    Raises InputError when none of them can be compiled.
+    """
+    found = []
+    jobs = [(path, bits) for path in paths for bits in args.bits]
+    for path, bits in tqdm(jobs, desc="choosing", unit="circuit", disable=len(jobs) == 1):
+        configuration = load_configuration(
+            path, bits, experiment.setting, experiment.data, experiment.calibration, experiment.basis
+        )
+        facts, module = circuit.cost(configuration)
+        if module is None:
+            print(f"{configuration.label}: {facts['reason']}")
+            continue
+        facts |= circuit.accuracies(module, configuration, experiment.data, np.array([], dtype=int))
+        found.append((facts, module, configuration))
+    if not found:
+        raise cli.InputError("none of the configurations can be compiled; see --models and --bits")
+    facts, module, configuration = found[best_for_export([facts for facts, _, _ in found], args.max_loss)]
+    X = experiment.data["train"][0]
+    model = {
+        "name": configuration.label,
+        "output": "logit" if configuration.setting.threshold == 0 else "probability",
+        "threshold": configuration.setting.threshold,
+        "p_error": configuration.setting.p_error,
+        "security_bits": facts["security_bits"],
+        "complexity": facts["complexity"],
+        "pbs": facts["pbs"],
+        "test_accuracy": facts["accuracy_clear_test_set"],
+        "test_rows": facts["test_set_rows"],
+        "features": feature_table(args.data_dir, X.shape[1]),
+        "scaler": load_scaler(args.data_dir),
+    }
+    export(module, model, X[:EXAMPLE_BEATS], args.export)
+    print(f"wrote client/, server/ and README.md for {configuration.label} to {args.export}")
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compile all, print what it will take, run encrypted what is affordable and not yet done."""
+    args = parse_arguments(argv)
+    if args.export:
+        check_new(args.export)
+    experiment = describe(args)
+    drawn = drawn_by_batch(args, len(experiment.data["test"][1]))
+    paths = chosen_networks(args)
+    if args.export:
+        export_best(args, experiment, paths)
+        return
+    setting, basis = experiment.setting, experiment.basis
+    keys = {(path, bits): identify(path, bits, setting, basis)["identity"] for path in paths for bits in args.bits}
+    write = not (args.dry_run or args.report)
+    if write:
+        cli.check_writable(args.workdir)
+    with Store(args.workdir / DATABASE, write) as store:
+        report = report_for(args, experiment, paths, store)
+        finished = store.finished(keys.values())
+        missing = {}
+        for (path, bits), key in keys.items():
+            rows = {batch: index for batch, index in drawn.items() if (key, batch) not in finished}
+            if rows and not args.report:
+                new = load_configuration(path, bits, setting, experiment.data, experiment.calibration, basis)
+                missing[new] = rows
+        if not missing:
+            if not args.report:
+                print(f"all {len(keys)} configurations are finished and stay as they are")
+            if not args.dry_run:
+                report.write()
+            return
+        with connect(args.scheduler) if args.scheduler else contextlib.nullcontext() as cluster:
+            print("measuring the machine ...", flush=True)
+            if cluster:
+                ((_, _, speed),) = cluster.map(circuit.measure_speed, [(setting, args.seed)], lambda text: None)
+            else:
+                speed = circuit.measure_speed(setting, args.seed)
+            tasks = make_plan(missing, speed, args.max_seconds, len(experiment.simulated), cluster)
+            print_plan(tasks, len(keys) - len(tasks))
+            if args.dry_run:
+                return
+            if "default PTQ" not in set(store.comparison(report.basis).get("kind", [])):
+                print("default PTQ, for comparison ...", flush=True)
+                for row in default_ptq(reference_network(args.workdir, paths), experiment, args.max_loss):
+                    store.compare(report.basis, row)
+            left = {batch: sum(batch in rows for rows in missing.values()) for batch in drawn}
+            for batch, row, predictions in run_plan(tasks, experiment, args.max_seconds, cluster):
+                store.add(batch, row, predictions)
+                left[batch] -= 1
+                if not left[batch]:
+                    report.write_batch(batch)
+        report.write([])
+
+
+def show_saved() -> None:
+    """After a run that was interrupted or killed: workbooks and pictures of what it has finished, if anything."""
+    args = parse_arguments(None)
+    if not (args.dry_run or args.report or args.export) and (args.workdir / DATABASE).exists():
+        print("writing the workbooks of what is finished ...", flush=True)
+        main([*sys.argv[1:], "--report"])
 
 
 if __name__ == "__main__":
-    run_in_child(main, GO_ON)
+    cli.run_in_child(main, RESUME, show_saved)

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from fhe_mlp.common import InputError, check_writable, make_parser, run, whole_file
+from fhe_mlp.arrays import load_arrays
+from fhe_mlp.cli import InputError, check_writable, make_parser, run, whole_file
 from fhe_mlp.networks import by_rank, load_mlp, quiet_tensorflow, start_tensorflow
 from fhe_mlp.quantized import QuantizedNetwork, read_h5, to_onnx
-from preprocess_mitbih import FEATURES, load_arrays
 
 if TYPE_CHECKING:
     import onnx
@@ -43,7 +43,7 @@ def convert(model: tf_keras.Sequential) -> onnx.ModelProto:
     import tensorflow as tf
     import tf2onnx
 
-    signature = [tf.TensorSpec((None, len(FEATURES)), tf.float32, name="features")]
+    signature = [tf.TensorSpec(model.input_shape, tf.float32, name="features")]
     with quiet_tensorflow():
         graph, _ = tf2onnx.convert.from_keras(model, signature, opset=OPSET)
     onnx.checker.check_model(graph, full_check=True)
@@ -51,7 +51,7 @@ def convert(model: tf_keras.Sequential) -> onnx.ModelProto:
 
 
 def differences(onnx_file: Path, expected: np.ndarray, X: np.ndarray) -> np.ndarray:
-    """Absolute differences (n,) of `expected` (n, 1) from what the file gives in ONNX Runtime for rows X (n, 32)."""
+    """Absolute differences (n,) of `expected` (n, 1) from what the file gives in ONNX Runtime for rows X."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
@@ -64,7 +64,7 @@ def differences(onnx_file: Path, expected: np.ndarray, X: np.ndarray) -> np.ndar
 def write_checked(
     graph: onnx.ModelProto, target: Path, expected: np.ndarray, X: np.ndarray, share: float
 ) -> np.ndarray:
-    """Write a graph that gives `share` of the rows X (n, 32) the probabilities `expected` (n, 1), else stop.
+    """Write a graph that gives `share` of the rows X (n, features) the probabilities `expected` (n, 1), else stop.
 
     Returns the absolute differences (n,).
     """
@@ -77,7 +77,7 @@ def write_checked(
 
 
 def unrounded(network: QuantizedNetwork, X: np.ndarray) -> np.ndarray:
-    """Probabilities (n, 1) for rows X (n, 32) with all accumulator bits: rounding is left to the encrypted circuit."""
+    """Probabilities (n, 1) for rows X with all accumulator bits: rounding is left to the encrypted circuit."""
     logits = network.run(X, rounding=False)[0]
     return (1 / (1 + np.exp(-logits)))[:, None].astype(np.float32)
 
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     models, quantized = {}, {}
     for source in sources:  # all are read before one is written
         made_by = next((command for start, command in MADE_BY.items() if source.name.startswith(start)), "steps 1 to 3")
-        models[source] = load_mlp(source, made_by)
+        models[source] = load_mlp(source, made_by, X.shape[1])
         quantized[source] = read_h5(source, made_by)
     rows, written = [], set()
     folder = args.workdir / "quantized"

@@ -6,8 +6,6 @@ Writes  to --data-dir: Arryth_MITBIH_{train,val,test}_{X,y}.npy (float32), beats
 Run     python preprocess_mitbih.py
         python preprocess_mitbih.py --abnormal S V F --exclude-paced --per-class all   (the published arrays)
         python preprocess_mitbih.py --abnormal S V F --split inter-patient             (unseen patients)
-
-The other scripts get their arrays through load_arrays.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fhe_mlp.common import (
+from fhe_mlp.arrays import BEATS, DESCRIPTION, SPLITS, apply_scaler, array_name, fit_scaler
+from fhe_mlp.cli import (
     ROOT,
     InputError,
     check_writable,
@@ -40,13 +39,12 @@ from fhe_mlp.common import (
     sha256,
     whole_file,
 )
+from fhe_mlp.ecg_features import FEATURES, MIN_FS_HZ, beat_features
 
-SPLITS = ("train", "val", "test")
 DATABASE = "mitdb/1.0.0"  # PhysioNet name and version, for the download
 DOWNLOAD_ATTEMPTS = 3  # tries a file before giving up; finished files are kept
 BEATS_PER_CLASS = 12_074  # the methodology's 24,148 beats are 2 x 12,074
 TEST_SHARE, VAL_SHARE = 0.30, 0.20  # of all beats; of the beats that are left (as published)
-CLIP_SD = 3.0  # standard deviations; artefacts of 20 sd would waste the few bits of the encrypted model
 
 # Beat symbols by class, ANSI/AAMI EC57; other annotation symbols mark no beat.
 AAMI_CLASSES = {"N": "NLRej", "S": "AaJS", "V": "VE", "F": "F", "Q": "/fQ"}
@@ -56,129 +54,11 @@ PACED = "/"  # EC57 leaves records with paced beats out of algorithm scoring
 DS1 = "101 106 108 109 112 114 115 116 118 119 122 124 201 203 205 207 208 209 215 220 223 230".split()
 DS2 = "100 103 105 111 113 117 121 123 200 202 210 212 213 214 219 221 222 228 231 232 233 234".split()
 
-BAND_HZ = (0.5, 40.0)  # baseline wander below, muscle and mains noise above
-MIN_FS_HZ = 100.0  # the band's upper edge needs more than 80 Hz
-# Search windows in seconds; P, R, T and the QRS complex around the annotated beat, Q and S around the R peak.
-R_WINDOW, Q_WINDOW, S_WINDOW = (-0.05, 0.05), (-0.10, 0.0), (0.0, 0.12)
-P_WINDOW, T_WINDOW, QRS_WINDOW = (-0.28, -0.08), (0.14, 0.45), (-0.12, 0.18)
-MORPHOLOGY_S = (-0.06, -0.03, 0.03, 0.06, 0.09)  # where the five QRS samples are taken
-RR_HISTORY = 10  # intervals whose mean is the rhythm that a beat is compared with
-
-# Name, unit and formula; x is the band-passed lead, RR10 the mean of the last ten RR intervals up to the beat,
-# A the record's median peak-to-peak amplitude of x in QRS_WINDOW ("1" marks quantities relative to the patient).
-_RHYTHM = [
-    ("pre_RR", "1", "R[i] - R[i-1], over RR10"),
-    ("post_RR", "1", "R[i+1] - R[i], over RR10"),
-]
-_CONTEXT = [  # in place of the two RR columns that the published arrays repeat for their second channel
-    ("mean_RR", "s", "RR10 itself: the patient's rhythm"),
-    ("template_corr", "1", "correlation of the QRS complex with the record's median one, mean of both leads"),
-]
-_LEAD = [
-    ("P_peak", "1", "max of x in P_WINDOW, over A"),
-    ("T_peak", "1", "max of x in T_WINDOW, over A"),
-    ("R_peak", "1", "max of x in R_WINDOW, over A"),
-    ("S_peak", "1", "min of x in S_WINDOW after the R peak, over A"),
-    ("Q_peak", "1", "min of x in Q_WINDOW before the R peak, over A"),
-    ("QRS_interval", "s", "time from Q peak to S peak"),
-    ("PQ_interval", "s", "time from P peak to Q peak"),
-    ("QT_interval", "s", "time from Q peak to T peak"),
-    ("ST_interval", "s", "time from S peak to T peak"),
-    *(
-        (f"QRS_morph_{k}", "1", f"x at {t * 1000:+.0f} ms from the annotation, over A")
-        for k, t in enumerate(MORPHOLOGY_S)
-    ),
-]
-FEATURES = [
-    {"name": f"ch{channel}_{name}", "unit": unit, "formula": formula}
-    for channel, first in enumerate((_RHYTHM, _CONTEXT))
-    for name, unit, formula in (*first, *_LEAD)
-]
 LICENCE = "Open Data Commons Attribution License v1.0"
 SOURCE = "MIT-BIH Arrhythmia Database 1.0.0, PhysioNet, doi:10.13026/C2F305"
 
 
 # -------------------------------------------------------------------------------------------------- records to features
-def find_extremum(
-    x: np.ndarray, centre: np.ndarray, window: tuple[float, float], fs: float, pick: Callable
-) -> np.ndarray:
-    """Sample index (n,) of the extremum `pick` (np.argmax, np.argmin) of x in a window (s) around each centre."""
-    offsets = np.arange(round(window[0] * fs), round(window[1] * fs) + 1)
-    return centre + offsets[pick(x[centre[:, None] + offsets], axis=1)]
-
-
-def lead_features(x: np.ndarray, beats: np.ndarray, fs: float) -> tuple[np.ndarray, np.ndarray]:
-    """Features of one lead: (n, 14) in the order of _LEAD, and (n,) correlation with the median QRS complex.
-
-    x: band-passed lead in mV, (samples,); beats: annotated samples (n,). Raises ValueError for a flat lead.
-    """
-    r = find_extremum(x, beats, R_WINDOW, fs, np.argmax)
-    q = find_extremum(x, r, Q_WINDOW, fs, np.argmin)
-    s = find_extremum(x, r, S_WINDOW, fs, np.argmin)
-    p = find_extremum(x, beats, P_WINDOW, fs, np.argmax)
-    t = find_extremum(x, beats, T_WINDOW, fs, np.argmax)
-    complexes = x[beats[:, None] + np.arange(round(QRS_WINDOW[0] * fs), round(QRS_WINDOW[1] * fs) + 1)]
-    amplitude = np.median(np.ptp(complexes, axis=1))
-    template = np.median(complexes, axis=0)
-    template -= template.mean()
-    complexes = complexes - complexes.mean(axis=1, keepdims=True)
-    norms = np.sqrt(np.sum(complexes**2, axis=1) * np.sum(template**2))
-    if not amplitude > 0 or not np.all(norms > 0):
-        raise ValueError("has a flat signal")
-    morphology = x[beats[:, None] + np.rint(np.array(MORPHOLOGY_S) * fs).astype(int)]
-    peaks = np.column_stack([x[p], x[t], x[r], x[s], x[q]])
-    intervals = np.column_stack([s - q, q - p, t - q, t - s]) / fs
-    return np.hstack([peaks / amplitude, intervals, morphology / amplitude]), (complexes * template).sum(axis=1) / norms
-
-
-def beat_features(signal: np.ndarray, fs: float, beats: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """All features of a record's usable beats.
-
-    signal: two leads in mV, (samples, 2), NaN where missing; fs in Hz; beats: annotated samples (n,), rising.
-    Returns features (m, 32) float32, the indices (m,) of the usable beats, and the dropped ones counted by reason.
-    Raises ValueError when the record cannot be used at all.
-    """
-    from scipy.signal import butter, sosfiltfilt
-
-    if len(beats) < 3:
-        raise ValueError("has fewer than three beat annotations")
-    before, after = round(min(P_WINDOW[0], R_WINDOW[0] + Q_WINDOW[0]) * fs), round(T_WINDOW[1] * fs)
-    missing = ~np.isfinite(signal)
-    if missing.all(axis=0).any():
-        raise ValueError("has a missing signal")
-    samples = np.arange(len(signal))
-    filled = np.column_stack([np.interp(samples, samples[~m], x[~m]) for x, m in zip(signal.T, missing.T)])
-    if (np.ptp(filled, axis=0) == 0).any():
-        raise ValueError("has a flat signal")
-
-    rr = np.diff(beats) / fs
-    index = np.arange(1, len(beats) - 1)
-    dropped = {"first or last beat": 2}
-    apart = (rr[index - 1] > 0) & (rr[index] > 0)
-    dropped["annotated twice or out of order"] = int((~apart).sum())
-    index = index[apart]
-    inside = (beats[index] + before >= 0) & (beats[index] + after < len(signal))
-    dropped["window leaves the record"] = int((~inside).sum())
-    index = index[inside]
-    windows = beats[index, None] + np.arange(before, after + 1)
-    whole = np.ones(len(index), bool)
-    for x, m in zip(filled.T, missing.T):
-        whole &= ~m[windows].any(axis=1) & (np.ptp(x[windows], axis=1) > 0)
-    dropped["signal missing or flat"] = int((~whole).sum())
-    index = index[whole]
-    if not len(index):
-        raise ValueError("has no usable beat")
-
-    elapsed = np.concatenate([[0.0], np.cumsum(rr)])
-    start = np.maximum(index - RR_HISTORY, 0)
-    mean_rr = (elapsed[index] - elapsed[start]) / (index - start)
-    leads = sosfiltfilt(butter(2, BAND_HZ, "bandpass", fs=fs, output="sos"), filled, axis=0).T
-    (first, corr0), (second, corr1) = (lead_features(x, beats[index], fs) for x in leads)
-    rhythm = np.column_stack([rr[index - 1] / mean_rr, rr[index] / mean_rr])
-    context = np.column_stack([mean_rr, (corr0 + corr1) / 2])
-    return np.hstack([rhythm, first, context, second]).astype(np.float32), index, dropped
-
-
 def read_record(path: str) -> dict[str, Any]:
     """One record as {"record", "beats": table of usable beats, "X": (m, 32), "dropped", "skipped": reason or None}.
 
@@ -274,22 +154,6 @@ def split_inter_patient(
     return {"train": train, "val": ds1[val], "test": test}
 
 
-def fit_scaler(X: np.ndarray) -> dict[str, Any]:
-    """Mean and standard deviation of each column of the training part X (n, 32), and the clip in deviations."""
-    sd = X.std(axis=0, dtype=np.float64)
-    return {
-        "mean": X.mean(axis=0, dtype=np.float64).tolist(),
-        "sd": np.where(sd > 0, sd, 1.0).tolist(),
-        "clip_sd": CLIP_SD,
-    }
-
-
-def apply_scaler(X: np.ndarray, scaler: dict[str, Any]) -> np.ndarray:
-    """Standardised and clipped features, float32, of beats (n, 32) or of one new beat (32,)."""
-    z = (X - np.array(scaler["mean"])) / np.array(scaler["sd"])
-    return np.clip(z, -scaler["clip_sd"], scaler["clip_sd"]).astype(np.float32)
-
-
 # -------------------------------------------------------------------------------------------------- getting the records
 def download(name: str, folder: Path, expected: str | None) -> None:
     """Fetch one file of DATABASE into `folder` through wfdb; it appears there only whole and with the right SHA-256.
@@ -364,76 +228,6 @@ def per_class(text: str) -> int | None:
     return None if text == "all" else positive_int(text)
 
 
-def load_arrays(data_dir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{"train", "val", "test": (X (n, 32) float32, y (n,) int64 of 0 and 1)}, checked.
-
-    With dataset.json the arrays are already scaled and must have its checksums. Arrays made elsewhere come without it:
-    they are standardised and clipped here with the statistics of their training part.
-    Raises InputError for a missing, truncated, wrong-shaped, NaN-holding or foreign file.
-    """
-    remedy = f"make it with: python preprocess_mitbih.py --data-dir {data_dir}"
-    arrays = {}
-    for split in SPLITS:
-        for kind, shape in (("X", (len(FEATURES),)), ("y", ())):
-            path = data_dir / f"Arryth_MITBIH_{split}_{kind}.npy"
-            try:
-                with path.open("rb") as file:  # np.load would also take archives and pickles
-                    array = np.lib.format.read_array(file, allow_pickle=False)
-            except FileNotFoundError:
-                raise InputError(f"{path}: not found; {remedy}") from None
-            except Exception as error:  # the parser of NumPy's header raises a dozen unrelated types
-                raise InputError(f"{path}: is no whole .npy array ({first_line(error)}); {remedy}") from None
-            if array.dtype.kind not in "fiub":
-                raise InputError(f"{path}: holds no numbers; {remedy}")
-            if array.ndim != 1 + len(shape) or array.shape[1:] != shape or not len(array):
-                raise InputError(
-                    f"{path}: shape {array.shape}, expected (n{''.join(f', {k}' for k in shape)}); {remedy}"
-                )
-            with np.errstate(over="ignore"):
-                if not np.isfinite(array.astype(np.float32)).all():
-                    raise InputError(f"{path}: holds NaN, infinity or numbers over 3e38; {remedy}")
-            if kind == "y" and set(np.unique(array)) != {0, 1}:
-                raise InputError(f"{path}: labels must be 0 and 1, both present; {remedy}")
-            arrays[split, kind] = array
-        if len(arrays[split, "X"]) != len(arrays[split, "y"]):
-            raise InputError(f"{data_dir}: {split} X and y differ in length; {remedy}")
-    description = data_dir / "dataset.json"
-    if description.exists():
-        for name, expected in load_description(data_dir)["sha256"].items():
-            if not (data_dir / name).exists() or sha256(data_dir / name) != expected:
-                raise InputError(f"{data_dir / name}: is not the file that dataset.json describes; {remedy}")
-    else:
-        scaler = fit_scaler(arrays["train", "X"])
-        print(f"{data_dir} has no dataset.json: standardised with its training part, clipped to {CLIP_SD:g} sd")
-        arrays.update({(s, "X"): apply_scaler(arrays[s, "X"], scaler) for s in SPLITS})
-    return {s: (arrays[s, "X"].astype(np.float32), arrays[s, "y"].astype(np.int64)) for s in SPLITS}
-
-
-def load_scaler(data_dir: Path) -> dict[str, Any]:
-    """The scaler that load_arrays' features have gone through: dataset.json's or, without it, one fitted as there."""
-    if (data_dir / "dataset.json").exists():
-        return load_description(data_dir)["scaler"]
-    return fit_scaler(np.load(data_dir / "Arryth_MITBIH_train_X.npy", allow_pickle=False))
-
-
-def load_description(data_dir: Path) -> dict[str, Any]:
-    """dataset.json as written by this script. Raises InputError when it is damaged."""
-    path = data_dir / "dataset.json"
-    try:
-        description = json.loads(path.read_text())
-        described = {f"Arryth_MITBIH_{split}_{kind}.npy" for split in SPLITS for kind in "Xy"}
-        if not described <= set(dict(description["sha256"])):
-            raise ValueError
-        scaler = description["scaler"]
-        if not np.isfinite([*scaler["mean"], *scaler["sd"], scaler["clip_sd"]]).all() or min(scaler["sd"]) <= 0:
-            raise ValueError
-        if not len(scaler["mean"]) == len(scaler["sd"]) == len(FEATURES):
-            raise ValueError
-        return description
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise InputError(f"{path}: damaged; make it with: python preprocess_mitbih.py --data-dir {data_dir}") from None
-
-
 # ---------------------------------------------------------------------------------------------------------- the command
 def write_dataset(
     data_dir: Path, beats: pd.DataFrame, X: np.ndarray, rows: dict[str, np.ndarray], recipe: dict[str, Any]
@@ -441,13 +235,13 @@ def write_dataset(
     """Scale, write the arrays, beats.csv and dataset.json, all or none, and return the counts by split and class."""
     scaler = fit_scaler(X[rows["train"]])
     table = pd.concat([beats.iloc[rows[s]].assign(split=s) for s in SPLITS])
-    contents = {"beats.csv": table[["split", "record", "sample", "symbol", "aami"]].to_csv(index=False).encode()}
+    contents = {BEATS: table[["split", "record", "sample", "symbol", "aami"]].to_csv(index=False).encode()}
     for split in SPLITS:
         label = (beats["aami"].to_numpy()[rows[split]] != "N").astype(np.float32)
         for kind, array in (("X", apply_scaler(X[rows[split]], scaler)), ("y", label)):
             buffer = io.BytesIO()
             np.save(buffer, array)
-            contents[f"Arryth_MITBIH_{split}_{kind}.npy"] = buffer.getvalue()
+            contents[array_name(split, kind)] = buffer.getvalue()
     counts = pd.crosstab(table["split"], table["aami"]).reindex(index=SPLITS, columns=list(AAMI_CLASSES), fill_value=0)
     by_record = table.groupby(["split", "record", "aami"]).size()
     description = {
@@ -460,7 +254,7 @@ def write_dataset(
         "scaler": scaler,
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
     }
-    contents["dataset.json"] = (json.dumps(description, indent=1) + "\n").encode()
+    contents[DESCRIPTION] = (json.dumps(description, indent=1) + "\n").encode()
     with contextlib.ExitStack() as stack:  # all are written before the first takes its place
         for name, content in contents.items():
             stack.enter_context(whole_file(data_dir / name)).write_bytes(content)

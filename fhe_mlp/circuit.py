@@ -1,4 +1,4 @@
-"""One network as a TFHE circuit: checked loading, compilation with Concrete ML, price, encrypted runs."""
+"""One network as a TFHE circuit: compilation with Concrete ML, cost, simulation, keys, encrypted runs."""
 
 from __future__ import annotations
 
@@ -7,119 +7,40 @@ import ctypes
 import signal
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
-from fhe_mlp.common import InputError, first_line
-from fhe_mlp.quantized import QuantizedNetwork, from_onnx
-from preprocess_mitbih import FEATURES
+from fhe_mlp.arrays import Arrays
+from fhe_mlp.cli import first_line, machine_facts
+from fhe_mlp.configuration import REMEDY, Configuration, Setting
+from fhe_mlp.quantized import from_onnx
 
 if TYPE_CHECKING:
-    import onnx
     from concrete.ml.quantization import QuantizedModule
 
-CALIBRATION_NEURONS = 32  # of the layer that measures the machine; enough to keep its cores busy
-CALIBRATION_ROUNDING_BITS = 5  # of it at most; step 3's networks keep no more
+MEASURED_NEURONS = 32  # of the layer that measures the machine; enough to keep its cores busy
+MEASURED_ROUNDING_BITS = 5  # of it at most; step 3's networks keep no more
+MEASURED_FEATURES = 32  # of it
+MEMORY_PER_KEY_BYTE = 2.2  # bytes; making and unpacking keys of 0.4 to 4.7 GB took up to 2.1 times their size
+MACHINE = ("host", "processor", "cores")  # on which a row was measured; times of unlike ones are kept apart
 TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE)
 # What Concrete and Concrete ML raise on a network they cannot handle, besides running out of memory.
 CIRCUIT_ERRORS = (RuntimeError, ValueError, AssertionError, NotImplementedError, MemoryError)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How a network is compiled; the plain way has no rounding and keeps the sigmoid."""
-
-    rounding_bits: int | None  # of networks that Concrete ML quantizes
-    p_error: float
-    threshold: float  # output above which a beat is abnormal: 0 for a logit, 0.5 for a probability
-    trained: bool = True  # take step 3's quantized networks where there are any
-
-
-PLAIN = Setting(rounding_bits=None, p_error=2.0**-40, threshold=0.5, trained=False)
+Result = tuple[int, dict[str, Any], "pd.DataFrame | None"]  # batch, a row of its workbook, predictions if it ran
+_PLANNED: dict[str, Any] = {}  # circuits of this process by configuration, compiled for the plan and not yet run
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds that this machine takes."""
+    """Seconds that a machine takes."""
 
     unit: float  # of complexity, encrypted
     key_byte: float  # of evaluation keys, made
     simulated_pbs: float
-
-
-def load_network(path: Path) -> onnx.ModelProto:
-    """A checked ONNX file of step 4: MatMul/Gemm, Add and Relu layers from 32 features to one sigmoid.
-
-    Raises InputError for anything else; data outside the file is not followed.
-    """
-    import onnx
-    from onnx import numpy_helper
-
-    remedy = "make it with: python h5_onnx_converter.py"
-    if not path.exists():
-        raise InputError(f"{path}: not found; {remedy}")
-    try:
-        model = onnx.load_model(path, load_external_data=False)
-        onnx.checker.check_model(model, full_check=True)
-        shapes = [
-            [d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*model.graph.input, *model.graph.output)
-        ]
-        finite = all(np.isfinite(numpy_helper.to_array(w)).all() for w in model.graph.initializer)
-    except Exception as error:  # the parsers of protobuf and ONNX raise a dozen unrelated types
-        raise InputError(f"{path}: is no whole ONNX network ({first_line(error)}); {remedy}") from None
-    nodes = [node.op_type for node in model.graph.node]
-    if [s[1:] for s in shapes] != [[len(FEATURES)], [1]] or set(nodes[:-1]) - {"MatMul", "Gemm", "Add", "Relu"}:
-        raise InputError(f"{path}: is no MLP from {len(FEATURES)} features to one output; {remedy}")
-    if nodes[-1] != "Sigmoid":
-        raise InputError(f"{path}: does not end in a sigmoid; {remedy}")
-    if not finite:
-        raise InputError(f"{path}: holds NaN or infinite weights; {remedy}")
-    return model
-
-
-def quantized_path(path: Path, bits: int) -> Path:
-    """Where step 4 puts the network that step 3 trained at `bits` from the float network in `path`."""
-    return path.parent / "quantized" / f"{path.stem}_{bits}bits.onnx"
-
-
-def load_quantized(path: Path) -> tuple[onnx.ModelProto, QuantizedNetwork]:
-    """A quantized network of step 4, as a graph and as integers. Raises InputError for anything else."""
-    import onnx
-
-    try:
-        model = onnx.load_model(path, load_external_data=False)
-        onnx.checker.check_model(model, full_check=True)
-        return model, from_onnx(model)
-    except Exception as error:  # the parsers of protobuf and ONNX raise a dozen unrelated types
-        reason = first_line(error)
-        raise InputError(
-            f"{path}: is no quantized network ({reason}); make it with: python h5_onnx_converter.py"
-        ) from None
-
-
-def calibration_rows(network: QuantizedNetwork, X: np.ndarray, rows: int) -> np.ndarray:
-    """`rows` or more of the training rows X (n, 32), among them those that drive an accumulator to its ends.
-
-    So the circuit has room for all that training data can cause, and Concrete ML finds the widths that step 3 found.
-    """
-    accumulators = [*network.run(X)[1], *network.run(X, rounding=False)[1]]
-    ends = np.concatenate([np.concatenate([a.argmin(axis=0), a.argmax(axis=0)]) for a in accumulators])
-    return X[np.unique(np.concatenate([ends, np.arange(min(rows, len(X)))]))]
-
-
-def without_sigmoid(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Copy of a network that ends in the logit: one table look-up less to encrypt, the same decisions."""
-    import onnx
-
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    sigmoid = copy.graph.node.pop()
-    copy.graph.output[0].name = sigmoid.input[0]
-    return copy
 
 
 @contextlib.contextmanager
@@ -140,26 +61,73 @@ def same_signal_handlers() -> Iterator[None]:
 
 
 @same_signal_handlers()
-def compile_network(
-    model: onnx.ModelProto, bits: int, calibration: np.ndarray, setting: Setting, kept_bits: int | None = None
-) -> QuantizedModule:
-    """Compile to TFHE; calibration: training rows (n, 32).
+def quantize(configuration: Configuration) -> QuantizedModule:
+    """The quantized network as Concrete ML has it, not yet compiled: enough for outputs(..., "disable").
 
-    With `kept_bits` the graph is one of step 3's quantized networks, else it is quantized to `bits` here.
+    Raises one of CIRCUIT_ERRORS where Concrete ML cannot quantize it.
     """
-    rounding_bits = kept_bits or setting.rounding_bits
+    rounding_bits = configuration.rounding_bits
     with warnings.catch_warnings():
-        from concrete.ml.torch.compile import compile_onnx_model
+        import onnx
+        from concrete.ml.torch.compile import build_quantized_module
 
         warnings.simplefilter("ignore")  # Concrete ML's own use of deprecated NumPy and ONNX calls
-        return compile_onnx_model(
-            model,
-            calibration,
-            import_qat=kept_bits is not None,
-            n_bits=bits,
+        return build_quantized_module(
+            onnx.load_from_string(configuration.graph),
+            configuration.calibration,
+            import_qat=configuration.trained,
+            n_bits=configuration.bits,
             rounding_threshold_bits=rounding_bits and {"n_bits": rounding_bits, "method": "APPROXIMATE"},
-            p_error=setting.p_error,
         )
+
+
+@same_signal_handlers()
+def compile_circuit(configuration: Configuration) -> QuantizedModule:
+    """The configuration quantized and compiled to TFHE. Raises one of CIRCUIT_ERRORS where Concrete cannot do it."""
+    module = quantize(configuration)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module.compile(configuration.calibration, p_error=configuration.setting.p_error)
+    return module
+
+
+def cost(configuration: Configuration) -> tuple[dict[str, Any], QuantizedModule | None]:
+    """What compiling shows, with "status" and "reason", and the circuit if there is one."""
+    started = time.perf_counter()
+    try:
+        module = compile_circuit(configuration)
+    except CIRCUIT_ERRORS as error:
+        return {"status": "cannot compile", "reason": first_line(error)}, None
+    circuit = module.fhe_circuit
+    pbs = circuit.programmable_bootstrap_count
+    facts = {
+        "rounding_bits": configuration.rounding_bits,
+        "compile_time": time.perf_counter() - started,
+        "pbs": pbs,
+        "p_any_pbs_off": 1 - (1 - configuration.setting.p_error) ** pbs,
+        "complexity": circuit.complexity,
+        "widest_integer_bits": circuit.graph.maximum_integer_bit_width(),
+        "evaluation_keys_MB": key_bytes(circuit) / 1e6,
+        "security_bits": int(circuit.configuration.security_level),
+        "secret_keys_kB": circuit.size_of_secret_keys / 1e3,
+        "predicted_memory_MB": key_bytes(circuit) * MEMORY_PER_KEY_BYTE / 1e6,
+        "status": "ok",
+        "reason": "",
+    }
+    return facts, module
+
+
+def plan_circuit(configuration: Configuration) -> dict[str, Any]:
+    """The facts of `cost`; this process keeps the circuit until take_circuit, so that it is compiled once a run."""
+    facts, module = cost(configuration)
+    if module is not None:
+        _PLANNED[configuration.key] = module
+    return facts
+
+
+def take_circuit(configuration: Configuration) -> QuantizedModule:
+    """The circuit that plan_circuit kept; compiled now where another process, or none, did."""
+    return _PLANNED.pop(configuration.key, None) or compile_circuit(configuration)
 
 
 def key_bytes(circuit: Any) -> int:
@@ -169,13 +137,42 @@ def key_bytes(circuit: Any) -> int:
 
 @same_signal_handlers()
 def outputs(module: QuantizedModule, X: np.ndarray, mode: str) -> np.ndarray:
-    """Quantized network's outputs (n,) for rows X (n, 32): mode "disable" in clear, "simulate" with p_error's noise."""
-    circuit = module.fhe_circuit
-    if mode == "disable" or circuit.packing_key_switch_count:  # wide tables, which Concrete ML simulates otherwise
+    """Outputs (n,) for rows X (n, features): mode "disable" is cleartext, "simulate" has the noise of p_error."""
+    if mode == "disable" or module.fhe_circuit.packing_key_switch_count:  # wide tables, simulated by Concrete ML only
         return module.forward(X.astype(np.float64), fhe=mode)[:, 0]
     # Concrete ML would ask for the circuit's statistics before every row, which takes longer than the row.
     quantized = module.quantize_input(X.astype(np.float64))
-    return module.dequantize_output(np.concatenate([circuit.simulate(row[None]) for row in quantized]))[:, 0]
+    simulated = [module.fhe_circuit.simulate(row[None]) for row in quantized]
+    return module.dequantize_output(np.concatenate(simulated))[:, 0]
+
+
+def accuracies(
+    module: QuantizedModule, configuration: Configuration, data: Arrays, simulated: np.ndarray
+) -> dict[str, Any]:
+    """What is measured without keys; simulated: indices of the test rows for the simulated accuracy.
+
+    Raises ValueError when the circuit of a network that step 3 quantized does not decide as that network does.
+    """
+    import onnx
+
+    (X_val, y_val), (X, y) = data["val"], data["test"]
+    threshold = configuration.setting.threshold
+    decisions = outputs(module, X, "disable") > threshold
+    if configuration.trained:
+        network = from_onnx(onnx.load_from_string(configuration.graph))
+        if not np.array_equal(decisions, network.run(X)[0] > 0):
+            raise ValueError(f"the circuit does not decide as the network of step 3 does; {REMEDY}")
+    facts = {
+        "accuracy_clear_validation": float(np.mean((outputs(module, X_val, "disable") > threshold) == y_val)),
+        "accuracy_clear_test_set": float(np.mean(decisions == y)),
+        "test_set_rows": len(y),
+    }
+    if len(simulated):
+        encrypted = outputs(module, X[simulated], "simulate") > threshold
+        facts["accuracy_simulated"] = float(np.mean(encrypted == y[simulated]))
+        facts["accuracy_clear_same_rows"] = float(np.mean(decisions[simulated] == y[simulated]))
+        facts["simulated_rows"] = len(simulated)
+    return facts
 
 
 @same_signal_handlers()
@@ -188,7 +185,7 @@ def make_keys(module: QuantizedModule) -> float:
 
 @same_signal_handlers()
 def run_encrypted(module: QuantizedModule, row: np.ndarray) -> dict[str, float]:
-    """One row (32,) encrypted, run and decrypted with the module's keys: output, seconds of each part, bytes sent."""
+    """One row (features,) encrypted, run and decrypted with the module's keys: output, seconds of each part, bytes."""
     circuit = module.fhe_circuit
     started = time.perf_counter()
     encrypted = circuit.encrypt(module.quantize_input(row[None].astype(np.float64)))
@@ -206,13 +203,107 @@ def run_encrypted(module: QuantizedModule, row: np.ndarray) -> dict[str, float]:
     }
 
 
-def calibrate_machine(setting: Setting, seed: int) -> Speed:
+def judge_memory(facts: dict[str, Any]) -> None:
+    """Refuse a compiled configuration whose keys would not fit into this machine's free memory."""
+    import psutil
+
+    memory, free = facts.get("predicted_memory_MB", 0) / 1e3, psutil.virtual_memory().available / 1e9
+    if facts["status"] == "ok" and memory > free:
+        reason = f"needs about {memory:.1f} GB of memory, {free:.1f} GB are free"
+        facts |= {"status": "too large", "reason": reason}
+
+
+def prepare(
+    configuration: Configuration,
+    facts: dict[str, Any],
+    data: Arrays,
+    simulated: np.ndarray,
+    limit: float,
+    tick: Callable,
+) -> tuple[dict[str, Any], QuantizedModule | None]:
+    """What holds for all batches of a configuration (cleartext and simulated accuracy, keys), and its circuit.
+
+    One encrypted run unpacks the keys, and stops a configuration that takes more than `limit` seconds after all.
+    """
+    machine, module = machine_facts(), None
+    row = {"model_name": configuration.model_name, "q_bits": configuration.bits, **configuration.identity}
+    row |= {**{name: machine[name] for name in MACHINE}, **facts}
+    if row["status"] not in ("cannot compile", "failed"):
+        try:
+            tick(f"{configuration.label}: cleartext", 0)
+            module = take_circuit(configuration)
+            row |= accuracies(module, configuration, data, simulated)
+            judge_memory(row)
+            if row["status"] == "ok":
+                tick(f"{configuration.label}: making keys", 0)
+                row["keygen_time"] = make_keys(module)
+                tick(configuration.label, 0)
+                seconds = run_encrypted(module, configuration.calibration[0])["run_seconds"]
+                if seconds > limit:
+                    reason = f"measured {seconds:.0f} s a sample, over --max-seconds {limit:g}"
+                    row |= {"status": "too slow", "reason": reason}
+        except CIRCUIT_ERRORS as error:
+            row |= {"status": "failed", "reason": first_line(error)}
+    return row, module
+
+
+def run_batches(
+    configuration: Configuration,
+    facts: dict[str, Any],
+    drawn: dict[int, np.ndarray],
+    data: Arrays,
+    simulated: np.ndarray,
+    limit: float,
+    tick: Callable[[str, int], None] = lambda text, samples: None,
+) -> Iterator[Result]:
+    """Yield the result of each batch as soon as it is there; what fails becomes the row's status.
+
+    facts: of plan_circuit; drawn: test rows by batch; simulated: test rows for the simulated accuracy; limit: seconds a
+    sample; tick: hears what is done and how many samples are finished.
+    """
+    (X, y), threshold = data["test"], configuration.setting.threshold
+    row, module = prepare(configuration, facts, data, simulated, limit, tick)
+    for batch, index in drawn.items():
+        ones = 100 * float(np.mean(y[index]))
+        mine = {**row, "batch": batch, "num_items": len(index), "perc_ones_gt": ones, "perc_zeros_gt": 100 - ones}
+        predictions = None
+        if "accuracy_clear_test_set" in row:
+            started = time.perf_counter()
+            clear = outputs(module, X[index], "disable")
+            mine["clear_time"] = time.perf_counter() - started
+            ones = 100 * float(np.mean(clear > threshold))
+            mine |= {"perc_ones_pred_clear": ones, "perc_zeros_pred_clear": 100 - ones}
+            mine["accuracy_clear"] = float(np.mean((clear > threshold) == y[index]))
+        if row["status"] == "ok":
+            try:
+                runs = []
+                for test_row in index:
+                    runs.append(run_encrypted(module, X[test_row]))
+                    tick(configuration.label, 1)
+                predictions = pd.DataFrame({"test_row": index, "label": y[index], "output_clear": clear})
+                predictions = predictions.join(pd.DataFrame(runs))
+                for kind in ("clear", "fhe"):
+                    predictions[f"decision_{kind}"] = (predictions[f"output_{kind}"] > threshold).astype(int)
+            except CIRCUIT_ERRORS as error:
+                row |= {"status": "failed", "reason": first_line(error)}
+                mine |= {"status": "failed", "reason": first_line(error)}
+        yield batch, mine, predictions
+
+
+def all_batches(*arguments: Any) -> list[Result]:
+    """What a worker of a cluster does with one configuration: run_batches to its end."""
+    return list(run_batches(*arguments))
+
+
+def measure_speed(setting: Setting, seed: int) -> Speed:
     """Measure this machine on one small layer."""
     from onnx import TensorProto, helper, numpy_helper
 
     rng = np.random.default_rng(seed)
-    hidden = CALIBRATION_NEURONS
-    weights = {"w0": rng.normal(size=(len(FEATURES), hidden)), "w1": rng.normal(size=(hidden, 1))}
+    weights = {
+        "w0": rng.normal(size=(MEASURED_FEATURES, MEASURED_NEURONS)),
+        "w1": rng.normal(size=(MEASURED_NEURONS, 1)),
+    }
     graph = helper.make_graph(
         [
             helper.make_node("MatMul", ["x", "w0"], ["a"]),
@@ -220,15 +311,16 @@ def calibrate_machine(setting: Setting, seed: int) -> Speed:
             helper.make_node("MatMul", ["b", "w1"], ["y"]),
         ],
         "calibration",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, len(FEATURES)])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, MEASURED_FEATURES])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, 1])],
         [numpy_helper.from_array(w.astype(np.float32), name) for name, w in weights.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)])
-    rows = rng.normal(size=(100, len(FEATURES))).astype(np.float32)
-    if setting.rounding_bits:
-        setting = replace(setting, rounding_bits=min(setting.rounding_bits, CALIBRATION_ROUNDING_BITS))
-    module = compile_network(model, 4 if setting.rounding_bits else 2, rows, setting)
+    rows = rng.normal(size=(100, MEASURED_FEATURES)).astype(np.float32)
+    bits = setting.rounding_bits and min(setting.rounding_bits, MEASURED_ROUNDING_BITS)
+    setting = replace(setting, rounding_bits=bits)
+    layer = Configuration("layer", 4 if bits else 2, model.SerializeToString(), bits, False, setting, rows, {})
+    module = compile_circuit(layer)
     circuit = module.fhe_circuit
     outputs(module, rows[:1], "simulate")  # the first one compiles the simulation
     started = time.perf_counter()

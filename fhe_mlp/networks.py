@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fhe_mlp.common import InputError, first_line, whole_file
-from preprocess_mitbih import FEATURES
+from fhe_mlp.cli import InputError, first_line, whole_file
 
 if TYPE_CHECKING:
     import tf_keras
@@ -27,7 +26,7 @@ START_UP_NOISE = re.compile(
     r"^I\d{4} | I tensorflow|Unable to register cu|computation placer already|cuInit|"
     r"All log messages before absl|^To enable the following instructions"
 )
-MOST_NEURONS = 4096  # a layer; more in a file are a damaged number
+MOST_NEURONS = 4096  # a layer, inputs too; more in a file are a damaged number
 
 
 @contextlib.contextmanager
@@ -62,11 +61,11 @@ def start_tensorflow(seed: int) -> Any:
     return tf_keras
 
 
-def load_mlp(path: Path, made_by: str) -> tf_keras.Sequential:
+def load_mlp(path: Path, made_by: str, features: int | None = None) -> tf_keras.Sequential:
     """The network in an .h5 file, rebuilt here from its layer sizes and weights, so that no code in it can run.
 
-    Raises InputError unless it is a sequence of Dense (ReLU, at the end one sigmoid) and Dropout layers on 32 features,
-    all weights finite; `made_by` is the command that makes the file.
+    Raises InputError unless it is a sequence of Dense (ReLU, at the end one sigmoid) and Dropout layers, on `features`
+    inputs where that is given, all weights finite; `made_by` is the command that makes the file.
     """
     import h5py
     import tf_keras
@@ -77,7 +76,11 @@ def load_mlp(path: Path, made_by: str) -> tf_keras.Sequential:
     try:
         with h5py.File(path) as file:
             layers = json.loads(file.attrs["model_config"])["config"]["layers"]
-        model = tf_keras.Sequential([tf_keras.layers.Input((len(FEATURES),))])
+        first = layers[0]["config"]
+        inputs = int((first.get("batch_input_shape") or first["batch_shape"])[1])  # as Keras 2 and 3 name it
+        if not 0 < inputs <= MOST_NEURONS:
+            raise ValueError(f"{inputs} inputs")
+        model = tf_keras.Sequential([tf_keras.layers.Input((inputs,))])
         for layer in layers:
             config = layer["config"]
             if layer["class_name"] == "Dense":
@@ -90,8 +93,12 @@ def load_mlp(path: Path, made_by: str) -> tf_keras.Sequential:
             elif layer["class_name"] != "InputLayer":
                 raise ValueError(f"layer {layer['class_name']}")
         model.load_weights(path)
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise InputError(f"{path}: is no whole network of this pipeline ({first_line(error)}); {remedy}") from None
+    except (OSError, KeyError, IndexError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise InputError(
+            f"{path}: is truncated or not a valid network of this pipeline ({first_line(error)}); {remedy}"
+        ) from None
+    if features not in (None, inputs):
+        raise InputError(f"{path}: takes {inputs} features, the arrays have {features}; {remedy}")
     if model.output_shape != (None, 1):
         raise InputError(f"{path}: does not end in one sigmoid output; {remedy}")
     if not all(np.isfinite(w).all() for w in model.get_weights()):
@@ -114,12 +121,12 @@ def epoch_progress(title: str, epochs: int) -> Any:
 
 
 def accuracy(model: Callable, X: np.ndarray, y: np.ndarray) -> float:
-    """Share of the rows of X (n, 32) that are put on the right side of 0.5."""
+    """Share of the rows of X (n, features) that are put on the right side of 0.5."""
     return float(np.mean((model(X).numpy()[:, 0] > 0.5) == y))
 
 
 def balanced_weights(y: np.ndarray) -> np.ndarray:
-    """Weight of each row (n,) that gives both labels the same say; 1 for balanced data, mean 1 for any."""
+    """Class-balanced sample weights (n,) of mean 1: both labels have the same sum; y: labels (n,) of 0 and 1."""
     return (len(y) / (2 * np.bincount(y, minlength=2)))[y]
 
 

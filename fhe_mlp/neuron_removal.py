@@ -25,8 +25,8 @@ def saliency(layers: Layers, index: int) -> np.ndarray:
 def remove_neurons(layers: Layers, index: int, keep: np.ndarray, activation: np.ndarray) -> Layers:
     """Network without the neurons of hidden layer `index` that are not in `keep`.
 
-    The mean over the rows of their activation (rows, neurons) goes into the next layer's bias: a neuron with no
-    incoming weight gives the same for every row, so removing it changes nothing.
+    Their mean activation over the rows (rows, neurons) is folded into the next layer's bias: a neuron with no incoming
+    weight gives the same for every row, so removing it changes nothing.
     """
     (kernel, bias), (next_kernel, next_bias) = layers[index], layers[index + 1]
     gone = np.setdiff1d(np.arange(kernel.shape[1]), keep)
@@ -49,9 +49,10 @@ def drop_layer(layers: Layers, index: int, X: np.ndarray) -> Layers:
 
 
 def shrink(layers: Layers, widths: Sequence[int], X: np.ndarray) -> Layers:
-    """Network whose hidden layers have `widths` neurons, none where it is 0; X: training rows (n, 32).
+    """Network whose hidden layers have `widths` neurons, none where it is 0; X: training rows (n, features).
 
-    Most zero weights go first; among equals, and in a network without zeros, those of the least saliency.
+    Neurons with most zero weights are removed first; among equals, and in a network without zeros, those of the least
+    saliency.
     """
     index = 0
     for width in widths:
@@ -69,9 +70,10 @@ def shrink(layers: Layers, widths: Sequence[int], X: np.ndarray) -> Layers:
 
 
 def share_neurons(neurons: int, full: Sequence[int], min_width: int) -> list[int]:
-    """Widths of the hidden layers that share `neurons` as the widths `full` do, 0 for a layer that goes.
+    """Widths of the hidden layers that share `neurons` as the widths `full` do, 0 for a layer that is removed.
 
-    The narrowest layer (the last of equals) goes as long as it would get less than `min_width` and is not the only one.
+    The narrowest layer (the last of equals) is removed as long as it would get less than `min_width` and is not the
+    only one.
     """
     left = list(range(len(full)))
     while True:
@@ -86,8 +88,8 @@ def share_neurons(neurons: int, full: Sequence[int], min_width: int) -> list[int
 def revive(layers: Layers, rng: np.random.Generator) -> Layers:
     """Give every hidden neuron that has no incoming weight left a fresh start without changing what the network does.
 
-    Its constant output goes into the next bias, its incoming weights are drawn as Glorot & Bengio (AISTATS 2010) do,
-    its outgoing weights are 0 until fine-tuning finds a use for it.
+    Its constant output is folded into the next bias, its incoming weights are drawn as Glorot & Bengio (AISTATS 2010)
+    do, its outgoing weights are 0 until fine-tuning finds a use for it.
     """
     for index in range(len(layers) - 1):
         (kernel, bias), (next_kernel, next_bias) = ((k.copy(), b.copy()) for k, b in layers[index : index + 2])

@@ -1,17 +1,16 @@
-"""Quantized networks, exactly as the encrypted graph computes them: integers, .h5 and ONNX files, and price.
+"""Quantized networks, exactly as the encrypted graph computes them: integers, .h5 and ONNX files, and cost.
 
-Step 3 trains them, step 4 writes them as ONNX, step 5 encrypts them; all three must agree to the last bit, so what they
-share stands here. This is no step and has no command.
+Step 3 trains them, step 4 writes them as ONNX, step 5 encrypts them; all three must agree to the last bit.
 
 A hidden layer computes, on the integers x of the layer before it,
 
-    accumulator = x @ weights + bias                               integers; additions only, cheap under encryption
-    rounded     = the accumulator's leading `kept_bits` bits       what the programmable bootstrap (PBS) looks at
+    accumulator = x @ weights + bias                               integers; additions only, at hardly any cost
+    rounded     = the accumulator's leading `rounding_bits` bits   what the programmable bootstrap (PBS) looks at
     output      = ReLU(rounded * input step * scale + offset) / output step, rounded and clipped to `output_bits` bits
 
-and everything after the accumulator is one table look-up, the PBS, whose price follows kept_bits. So scale and offset
-may differ by neuron for nothing: every neuron can fill the power-of-two range of which the leading bits are kept. The
-last layer has no PBS; its accumulator times input step and scale, plus offset, is the logit.
+and everything after the accumulator is one table look-up, the PBS, whose cost follows rounding_bits. So scale and
+offset may differ by neuron at no cost: every neuron can fill the power-of-two range of which the leading bits are kept.
+The last layer has no PBS; its accumulator times input step and scale, plus offset, is the logit.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fhe_mlp.common import InputError, first_line
-from preprocess_mitbih import FEATURES
+from fhe_mlp.cli import InputError, first_line
 
 if TYPE_CHECKING:
     import onnx
 
 BITS = (2, 3, 4, 5, 6, 7)  # of weights and activations, as published
-# Price of one PBS by kept bits, measured at p_error 2^-13
+TOLERATED_LOSS = 0.01  # of validation accuracy: networks at most so much below the best are ranked by their cost
+# Complexity of one PBS by rounding bits, measured at p_error 2^-13
 COMPLEXITY_OF_PBS = {2: 7.0e7, 3: 8.0e7, 4: 1.03e8, 5: 1.43e8, 6: 3.34e8, 7: 7.71e8}
 DOMAIN = "onnx.brevitas"  # of the Quant node that Concrete ML imports
 
@@ -58,13 +57,18 @@ class QuantizedNetwork:
     """`bits` names the configuration: no weight and no activation is wider."""
 
     bits: int
-    kept_bits: int
+    rounding_bits: int
     input_bits: int
     input_step: float
     layers: tuple[QuantizedLayer, ...]
 
+    @property
+    def features(self) -> int:
+        """Columns of its input."""
+        return len(self.layers[0].weights)
+
     def run(self, X: np.ndarray, rounding: bool = True) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Logits (n,) of rows X (n, 32) float32, and the accumulators (n, neurons) of each hidden layer.
+        """Logits (n,) of rows X (n, features) float32, and the accumulators (n, neurons) of each hidden layer.
 
         Without rounding all accumulator bits are kept, as ONNX Runtime does and Concrete ML when it finds their number.
         """
@@ -85,10 +89,10 @@ class QuantizedNetwork:
 
     def rounding_unit(self, layer: QuantizedLayer) -> int:
         """What accumulators of a hidden layer are rounded to multiples of."""
-        return 2 ** max(0, layer.accumulator_bits - self.kept_bits)
+        return 2 ** max(0, layer.accumulator_bits - self.rounding_bits)
 
     def accuracy(self, X: np.ndarray, y: np.ndarray) -> float:
-        """Share of the rows of X (n, 32) whose logit lies on the right side of 0."""
+        """Share of the rows of X (n, features) whose logit lies on the right side of 0."""
         return float(np.mean((self.run(X)[0] > 0) == y))
 
     def pbs(self) -> int:
@@ -96,15 +100,17 @@ class QuantizedNetwork:
         return sum(layer.weights.shape[1] for layer in self.layers[:-1])
 
     def predicted_complexity(self, X: np.ndarray) -> float:
-        """Price before anything is compiled: the sum over neurons of the cost of their kept bits; X: training rows.
+        """Complexity estimated without compiling: the sum over neurons of one PBS of their bits; X: training rows.
 
         A layer whose accumulators get wider when what comes before is rounded needs so many bits more.
         """
-        price = 0.0
+        complexity = 0.0
         for layer, accumulator in zip(self.layers, self.run(X)[1]):
             wider = max(0, signed_bits(accumulator) - layer.accumulator_bits)
-            price += accumulator.shape[1] * COMPLEXITY_OF_PBS[min(self.kept_bits + wider, max(COMPLEXITY_OF_PBS))]
-        return price
+            complexity += (
+                accumulator.shape[1] * COMPLEXITY_OF_PBS[min(self.rounding_bits + wider, max(COMPLEXITY_OF_PBS))]
+            )
+        return complexity
 
 
 def signed_bits(values: np.ndarray) -> int:
@@ -152,10 +158,12 @@ def read_h5(path: Path, made_by: str) -> list[QuantizedNetwork]:
 
 
 def check(network: QuantizedNetwork) -> QuantizedNetwork:
-    """The network itself. Raises ValueError when its parts do not fit together or hold what no training leaves."""
-    widths = [len(FEATURES), *(layer.weights.shape[1] for layer in network.layers)]
-    if not network.layers or widths[-1] != 1 or network.bits not in BITS or network.kept_bits not in COMPLEXITY_OF_PBS:
-        raise ValueError(f"no quantized network from {len(FEATURES)} features to one logit")
+    """The network itself. Raises ValueError when its parts do not fit together or hold what no training gives."""
+    if not network.layers or network.layers[0].weights.ndim != 2:
+        raise ValueError("has no layers")
+    widths = [network.features, *(layer.weights.shape[1] for layer in network.layers)]
+    if widths[-1] != 1 or network.bits not in BITS or network.rounding_bits not in COMPLEXITY_OF_PBS:
+        raise ValueError("is not a quantized network with one logit")
     for index, layer in enumerate(network.layers):
         vectors = (layer.bias, layer.scale, layer.offset)
         if layer.weights.shape != (widths[index], widths[index + 1]) or {v.shape for v in vectors} != {
@@ -205,7 +213,7 @@ def to_onnx(network: QuantizedNetwork, opset: int) -> onnx.ModelProto:
     """The network as a graph of Quant, Gemm, Mul, Add, Relu and one Sigmoid, for compile_onnx_model(import_qat=True).
 
     The hidden layers' bias is quantized with the accumulator's own step, so that it is added before the rounding; scale
-    and offset come after it. The rounding is no ONNX operator: `kept_bits` stands in the graph's metadata.
+    and offset come after it. The rounding is no ONNX operator: `rounding_bits` stands in the graph's metadata.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -249,7 +257,7 @@ def to_onnx(network: QuantizedNetwork, opset: int) -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes,
         "quantized_mlp",
-        [helper.make_tensor_value_info("features", TensorProto.FLOAT, [None, len(FEATURES)])],
+        [helper.make_tensor_value_info("features", TensorProto.FLOAT, [None, network.features])],
         [helper.make_tensor_value_info("probability", TensorProto.FLOAT, [None, 1])],
         values,
     )
@@ -257,7 +265,7 @@ def to_onnx(network: QuantizedNetwork, opset: int) -> onnx.ModelProto:
     model = helper.make_model(graph, opset_imports=opsets, functions=[quant_function()], ir_version=8)
     widths = " ".join(str(layer.accumulator_bits) for layer in network.layers[:-1])
     helper.set_model_props(
-        model, {"bits": str(network.bits), "kept_bits": str(network.kept_bits), "accumulator_bits": widths}
+        model, {"bits": str(network.bits), "rounding_bits": str(network.rounding_bits), "accumulator_bits": widths}
     )
     onnx.checker.check_model(model, full_check=True)
     return model
@@ -293,6 +301,6 @@ def from_onnx(model: onnx.ModelProto) -> QuantizedNetwork:
         )
         step = output_step
     network = QuantizedNetwork(
-        int(facts["bits"]), int(facts["kept_bits"]), int(values["features.bits"]), input_step, tuple(layers)
+        int(facts["bits"]), int(facts["rounding_bits"]), int(values["features.bits"]), input_step, tuple(layers)
     )
     return check(network)

@@ -1,12 +1,11 @@
 """What this pipeline gives against what else a user could pick, measured in one run on the same arrays.
 
-Measured are the configurations on the front of fhe_summary.xlsx (python fhe_experiments.py makes it), the plain way
-(the best float network of step 3 with n_bits only), Concrete ML's own models and, where TenSEAL is installed, an MLP
-with square activation under CKKS. Accuracy is that of the quantized model on the whole test set; seconds are encrypted,
-one beat at a time.
+Measured are the configurations on the front of the last run of step 5, default PTQ (the best float network of step 3
+with n_bits only), Concrete ML's own models and an MLP with square activation under CKKS (TenSEAL). Accuracy is that of
+the quantized model on the whole test set; seconds are encrypted, one beat at a time.
 
-Reads   what steps 1 to 5 left in --workdir, and the arrays in --data-dir
-Writes  benchmark.xlsx to --workdir, and fhe_frontier.png again, now with these models
+Reads   what steps 1 to 5 wrote to --workdir, and the arrays in --data-dir
+Writes  its rows to fhe_results.sqlite in --workdir, and fhe_summary.xlsx (sheet "comparison") and fhe_frontier.png anew
 Run     make bench
 """
 
@@ -27,8 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import fhe_experiments as step5  # noqa: E402
-import preprocess_mitbih as pre  # noqa: E402
-from fhe_mlp import circuit, common, experiment, networks, plan, results  # noqa: E402
+from fhe_mlp import circuit, cli, networks, report  # noqa: E402
+from fhe_mlp.configuration import DEFAULT_PTQ, Configuration, load_configuration  # noqa: E402
+from fhe_mlp.store import Store  # noqa: E402
 
 SAMPLES = 10  # encrypted beats of each model
 BUDGET_SECONDS = 10.0  # predicted for a beat, above which a model is not run encrypted
@@ -50,12 +50,12 @@ def timed(run: Callable[[np.ndarray], float], rows: np.ndarray, labels: np.ndarr
     return {"seconds": median, "seconds_iqr": upper - lower, "n": len(rows), "right": right}
 
 
-def run_circuit(compiled: Any, quantize: Callable, decide: Callable, cost: Row, data: Row, threshold: float) -> Row:
-    """Price of a circuit, and its times where it fits the budget; `decide` maps decrypted integers to one number."""
+def run_circuit(compiled: Any, quantize: Callable, decide: Callable, speed: Row, data: Row, threshold: float) -> Row:
+    """Cost of a circuit, and its times where it fits the budget; `decide` maps decrypted integers to one number."""
     row = {"complexity": compiled.complexity, "pbs": compiled.programmable_bootstrap_count}
-    predicted = compiled.complexity * cost["seconds_per_unit"]
-    memory = circuit.key_bytes(compiled) * experiment.MEMORY_PER_KEY_BYTE
-    if predicted > BUDGET_SECONDS or memory > cost["memory"]:
+    predicted = compiled.complexity * speed["seconds_per_unit"]
+    memory = circuit.key_bytes(compiled) * circuit.MEMORY_PER_KEY_BYTE
+    if predicted > BUDGET_SECONDS or memory > speed["memory"]:
         return {**row, "note": f"not run: {predicted:.0f} s a beat predicted, keys need {memory / 1e9:.1f} GB"}
     started = time.perf_counter()
     compiled.keygen(force=True)
@@ -65,44 +65,44 @@ def run_circuit(compiled: Any, quantize: Callable, decide: Callable, cost: Row, 
     )
 
 
-def measured(job: experiment.Job, name: str, kind: str, data: Row, cost: Row, simulated: np.ndarray) -> Row:
-    """Accuracies, price and times of one configuration of step 5; simulated: indices of test rows."""
-    row = {"name": name, "kind": kind}
-    facts, module = experiment.price(job)
+def measured(configuration: Configuration, name: dict[str, str], data: Row, speed: Row, simulated: np.ndarray) -> Row:
+    """Accuracies, cost and times of one configuration of step 5; simulated: indices of test rows."""
+    facts, module = circuit.cost(configuration)
     if module is None:
-        return row | {"note": f"does not compile: {facts['reason']}"}
-    found = experiment.accuracies(module, job, data, simulated)
-    row |= {"accuracy": found["accuracy_clear_test_set"], "accuracy_validation": found["accuracy_clear_validation"]}
-    row |= {"accuracy_simulated": found.get("accuracy_simulated")}
+        return {**name, "note": f"does not compile: {facts['reason']}"}
+    found = circuit.accuracies(module, configuration, data, simulated)
+    row = {**name, "accuracy": found["accuracy_clear_test_set"], "accuracy_simulated": found.get("accuracy_simulated")}
+    row["accuracy_validation"] = found["accuracy_clear_validation"]
 
     def decide(quantized: np.ndarray) -> float:
         return module.dequantize_output(quantized).ravel()[0]
 
-    return row | run_circuit(module.fhe_circuit, module.quantize_input, decide, cost, data, job.setting.threshold)
+    threshold = configuration.setting.threshold
+    return row | run_circuit(module.fhe_circuit, module.quantize_input, decide, speed, data, threshold)
 
 
-def pipeline(workdir: Path, data: Row, cost: Row, calibration: np.ndarray) -> Iterator[Row]:
+def pipeline(
+    workdir: Path, summary: pd.DataFrame, experiment: step5.Experiment, data: Row, speed: Row
+) -> Iterator[Row]:
     """The front of the last run of step 5, compiled and run anew, simulated on the whole test set."""
-    summary = pd.read_excel(workdir / "fhe_summary.xlsx").drop_duplicates(["model_name", "q_bits"])
-    setting = circuit.Setting(step5.ROUNDING_BITS, step5.P_ERROR, 0.0)
     everything = np.arange(len(data["test"][1]))
-    for _, chosen in summary[summary["on_front"]].iterrows():
+    for _, chosen in summary[summary["on_front"]].drop_duplicates(["model_name", "q_bits"]).iterrows():
         path, bits = workdir / f"{chosen['model_name']}.onnx", int(chosen["q_bits"])
-        job = experiment.make_job(path, bits, setting, data, calibration, {})
+        one = load_configuration(path, bits, experiment.setting, data, experiment.calibration, experiment.basis)
         name = f"{path.stem.split('_acc')[0].removeprefix('pruned_model_')}, {bits} bits"
-        yield measured(job, name, "this pipeline", data, cost, everything)
+        yield measured(one, {"name": name, "kind": report.OURS}, data, speed, everything)
 
 
-def plain_way(workdir: Path, data: Row, cost: Row, calibration: np.ndarray) -> Iterator[Row]:
-    """The most accurate float network of step 3 with n_bits only, ten rows of calibration, the sigmoid encrypted."""
-    path = plan.most_accurate(networks.by_rank(workdir, ".onnx"), data)
-    few = calibration[: step5.PLAIN_CALIBRATION_ROWS]
-    for bits in step5.PLAIN_BITS:
-        job = experiment.make_job(path, bits, circuit.PLAIN, data, few, {})
-        yield measured(job, f"plain {bits} bits", "plain way", data, cost, np.array([], dtype=int))
+def default_ptq(path: Path, compared: int, experiment: step5.Experiment, data: Row, speed: Row) -> Iterator[Row]:
+    """The float network in `path` with n_bits only, at every bit width; compared: the one that step 5 compares with."""
+    few = experiment.calibration[: step5.DEFAULT_PTQ_ROWS]
+    for bits in step5.DEFAULT_PTQ_BITS:
+        one = load_configuration(path, bits, DEFAULT_PTQ, data, few, experiment.basis)
+        name = {"name": f"default PTQ, {bits} bits", "kind": "default PTQ", "model_name": path.stem, "q_bits": bits}
+        yield {**measured(one, name, data, speed, np.array([], dtype=int)), "compared": bits == compared}
 
 
-def concrete_ml_models(data: Row, cost: Row, seed: int) -> Iterator[Row]:
+def concrete_ml_models(data: Row, speed: Row, seed: int) -> Iterator[Row]:
     """The library's own models, trained on the training part, at its settings or those that did best elsewhere."""
     from concrete.ml.sklearn import DecisionTreeClassifier, LogisticRegression, NeuralNetClassifier, XGBClassifier
     from torch import manual_seed
@@ -138,7 +138,7 @@ def concrete_ml_models(data: Row, cost: Row, seed: int) -> Iterator[Row]:
         model = make()
         model.fit(X, y)
         model.compile(X[: step5.CALIBRATION_ROWS])
-        row = {"name": name, "kind": "Concrete ML's models"}
+        row = {"name": name, "kind": "Concrete ML models"}
         row["accuracy"] = float(np.mean(model.predict(X_test) == y_test))
         row["accuracy_validation"] = float(np.mean(model.predict(data["val"][0]) == data["val"][1]))
 
@@ -146,21 +146,18 @@ def concrete_ml_models(data: Row, cost: Row, seed: int) -> Iterator[Row]:
             score = np.asarray(model.post_processing(model.dequantize_output(q))).ravel()
             return float(score[-1])
 
-        yield row | run_circuit(model.fhe_circuit, model.quantize_input, decide, cost, data, 0.5)
+        yield row | run_circuit(model.fhe_circuit, model.quantize_input, decide, speed, data, 0.5)
 
 
 def ckks(data: Row, seed: int) -> Iterator[Row]:
-    """32-64-1 with square activations under CKKS, ring 8192, one beat at a time; nothing where TenSEAL is missing."""
-    try:
-        import tenseal
-    except ImportError:
-        return
+    """An MLP of 64 hidden neurons with square activations under CKKS, ring 8192, one beat at a time."""
+    import tenseal
     import tensorflow as tf
 
     tf_keras = networks.start_tensorflow(seed)
     model = tf_keras.Sequential(
         [
-            tf_keras.layers.Input((len(pre.FEATURES),)),
+            tf_keras.layers.Input((data["test"][0].shape[1],)),
             tf_keras.layers.Dense(64, tf.square),
             tf_keras.layers.Dense(1, "sigmoid"),
         ]
@@ -179,57 +176,48 @@ def ckks(data: Row, seed: int) -> Iterator[Row]:
         hidden = tenseal.ckks_vector(context, x.tolist()).mm(w0.tolist()).add(b0.tolist())
         return hidden.square().mm(w1.tolist()).add(b1.tolist()).decrypt()[0]
 
-    row = {"name": "TenSEAL CKKS, square 32-64-1", "kind": "CKKS", "accuracy": networks.accuracy(model, *data["test"])}
+    row = {"name": "TenSEAL CKKS, square 64", "kind": "CKKS", "accuracy": networks.accuracy(model, *data["test"])}
     row["accuracy_validation"] = networks.accuracy(model, *data["val"])
     yield row | timed(run, *data["drawn"], 0.0)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure everything, one after the other, and print one table."""
-    args = common.make_parser(__doc__).parse_args(argv)
-    common.check_writable(args.workdir)
-    if not (args.workdir / "fhe_summary.xlsx").exists():
-        raise common.InputError(f"{args.workdir}: no fhe_summary.xlsx; make it with: python fhe_experiments.py")
+    """Measure everything, one after the other, write it to the database and print one table."""
     import psutil
 
-    data: Row = pre.load_arrays(args.data_dir)
+    args = step5.parse_arguments(argv)
+    cli.check_writable(args.workdir)
+    experiment, paths = step5.describe(args), step5.chosen_networks(args)
+    data: Row = dict(experiment.data)
     X, y = data["test"]
-    drawn = np.sort(np.random.default_rng(args.seed).choice(len(y), SAMPLES, replace=False))
+    drawn = np.sort(np.random.default_rng(args.seed).choice(len(y), min(SAMPLES, len(y)), replace=False))
     data["drawn"] = (X[drawn], y[drawn])
-    order = np.random.default_rng(args.seed).permutation(len(data["train"][0]))
-    calibration = data["train"][0][order[: step5.CALIBRATION_ROWS]]  # as in step 5
-    print("measuring this machine ...", flush=True)
-    setting = circuit.Setting(step5.ROUNDING_BITS, step5.P_ERROR, 0.0)
-    cost = {"seconds_per_unit": circuit.calibrate_machine(setting, args.seed).unit}
-    cost["memory"] = psutil.virtual_memory().available
-    rows = []
-    with warnings.catch_warnings(), tqdm(desc="models", unit="model") as bar:
+    with Store(args.workdir / step5.DATABASE) as store, warnings.catch_warnings(), tqdm(desc="models") as bar:
         warnings.simplefilter("ignore")  # scikit-learn's and skorch's own deprecations
+        shown = step5.report_for(args, experiment, paths, store)
+        rows, known = store.results(shown.known), store.comparison(shown.basis)
+        if not len(rows) or "compared" not in known:
+            raise cli.InputError(f"{store.path}: holds no finished run; make one with: python fhe_experiments.py")
+        compared = known.loc[known["compared"].eq(True), "q_bits"].max()
+        summary = report.summarize(rows, store.predictions(shown.known), float("nan"))
+        speed = {"seconds_per_unit": circuit.measure_speed(experiment.setting, args.seed).unit}
+        speed["memory"] = psutil.virtual_memory().available
+        reference = step5.reference_network(args.workdir, paths)
         for source in (
-            pipeline(args.workdir, data, cost, calibration),
-            plain_way(args.workdir, data, cost, calibration),
-            concrete_ml_models(data, cost, args.seed),
+            pipeline(args.workdir, summary, experiment, data, speed),
+            default_ptq(reference, compared, experiment, data, speed),
+            concrete_ml_models(data, speed, args.seed),
             ckks(data, args.seed),
         ):
             for row in source:
-                rows.append(row)
+                store.compare(shown.basis, row)
                 bar.set_postfix_str(row["name"])
                 bar.update()
-    columns = (
-        "name kind accuracy accuracy_validation accuracy_simulated pbs complexity keygen_time seconds seconds_iqr n "
-    )
-    table = pd.DataFrame(rows).reindex(columns=[*columns.split(), "right", "note"])
-    settings = {**common.machine_facts(), "seconds": "median of n beats, one at a time: encryption, run and decryption"}
-    settings["accuracy"] = f"quantized, in clear, {len(y)} test rows; accuracy_simulated: with the noise of p_error"
-    sheets = {"benchmark": table, "settings": pd.DataFrame(settings.items(), columns=["setting", "value"])}
-    common.write_workbook(args.workdir / "benchmark.xlsx", sheets)
-    print(f"\n{table.drop(columns='kind').to_string(index=False, float_format='{:.4g}'.format, na_rep='')}\n")
-    summary, plain = (pd.read_excel(args.workdir / "fhe_summary.xlsx", sheet_name=n) for n in ("summary", "plain way"))
-    results.plot_frontier(
-        summary, results.other_points(plain, results.read_benchmark(args.workdir)), args.workdir / "fhe_frontier.png"
-    )
-    print(f"wrote benchmark.xlsx and fhe_frontier.png to {args.workdir}")
+        shown.write([])
+        table = store.comparison(shown.basis).reindex(columns=report.COMPARISON_COLUMNS)
+    table = table.drop(columns=["kind", "model_name", "q_bits", "compared"])
+    print(f"\n{table.to_string(index=False, float_format='{:.4g}'.format, na_rep='')}")
 
 
 if __name__ == "__main__":
-    common.run_in_child(main, "nothing is saved, run it again")
+    cli.run_in_child(main, "what is measured is saved; rerun the command for the rest", lambda: None)

@@ -17,7 +17,12 @@ sys.path.insert(0, str(ROOT))
 
 STATUS = pytest.StashKey[int]()
 BEAT_COUNT = 60
-PLAIN_BITS = (2,)  # of the plain way, in the tests of step 5
+SMALL = {  # settings of step 5 in tests: wide circuits of default PTQ take half a minute to compile
+    "DEFAULT_PTQ_BITS": (2,),
+    "SIMULATED_ROWS": 60,
+    "ROUNDING_BITS": 4,
+}
+RATES = ("--rates", "25", "60", "75", "90")  # of step 3
 ABNORMAL = ("V", "A", "F")  # abnormal symbols that the records hold besides N
 
 
@@ -90,14 +95,14 @@ def workdir(arrays: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     common = ["--data-dir", str(arrays), "--workdir", str(folder)]
     MLP_model_0.main([*common, "--epochs", "8"])
     TF_pruning.main([*common, "--epochs", "4"])
-    dynamic_pruning_eval.main([*common, "--fine-tune-epochs", "1", "--quantization-epochs", "1"])
+    dynamic_pruning_eval.main([*common, *RATES, "--fine-tune-epochs", "1", "--quantization-epochs", "1"])
     h5_onnx_converter.main(common)
     return folder
 
 
 def refusal(main, argv: list[str], capsys: pytest.CaptureFixture) -> str:
     """The one line on stderr with which a command refuses; fails unless it exits with 2 and without a traceback."""
-    from fhe_mlp.common import run
+    from fhe_mlp.cli import run
 
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
@@ -134,15 +139,27 @@ def small_network(path, widths=(32, 3, 2, 1), last="Sigmoid", edit=lambda weight
     return path
 
 
+def command(*argv: str, prelude: str = "") -> list[str]:
+    """Step 5 in a process of its own, with the settings SMALL; prelude: code before it starts, with step 5 as `s`."""
+    code = (
+        "import sys, fhe_experiments as s\nfrom fhe_mlp.cli import run_in_child\n"
+        + "".join(f"s.{name} = {value!r}\n" for name, value in SMALL.items())
+        + f"from fhe_mlp import circuit\ncircuit.MEASURED_NEURONS = 2\n{prelude}\nsys.argv[0] = 'fhe_experiments.py'\n"
+        "run_in_child(lambda: s.main(sys.argv[1:]), s.RESUME, s.show_saved)\n"
+    )
+    return [sys.executable, "-c", code, *argv]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def small_settings():
-    """The plain way's prices at PLAIN_BITS only: wide circuits take half a minute to compile. Fewer simulated rows."""
+    """Step 5 with the settings SMALL, and a smaller layer to measure the machine's speed on."""
     import fhe_experiments
+    from fhe_mlp import circuit
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fhe_experiments, "PLAIN_BITS", PLAIN_BITS)
-        patch.setattr(fhe_experiments, "SIMULATED_ROWS", 60)
-        patch.setattr(fhe_experiments, "ROUNDING_BITS", 4)
+        patch.setattr(circuit, "MEASURED_NEURONS", 2)
+        for name, value in SMALL.items():
+            patch.setattr(fhe_experiments, name, value)
         yield
 
 

@@ -8,19 +8,16 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from typing import ClassVar
 
-import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, refusal, small_network
-from test_resume import steady
+from conftest import ROOT, command, refusal, small_network
+from test_experiments import steady
 
 import fhe_experiments as step5
-from fhe_mlp import cluster, experiment
-from fhe_mlp.circuit import Setting
-from fhe_mlp.common import InputError
+from fhe_mlp import circuit, cluster, configuration
+from fhe_mlp.cli import InputError
 
 
 @pytest.fixture
@@ -38,9 +35,8 @@ def scheduler(tmp_path):
         )
     ]
     try:
-        until = time.monotonic() + 60
-        while not file.exists() and time.monotonic() < until:
-            time.sleep(0.1)
+        while not file.exists():  # which the scheduler writes when it listens
+            assert started[0].poll() is None
         for name in ("first", "second"):
             options = ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--name", name]
             worker = [*dask, "worker", "--scheduler-file", str(file), *options, "--local-directory", str(tmp_path)]
@@ -69,7 +65,6 @@ def test_a_killed_worker_loses_only_its_own_configuration_which_is_done_elsewher
             busy = {}
             while not busy:
                 busy = {w: tasks for w, tasks in client.processing().items() if tasks}
-                time.sleep(0.02)
             name = client.scheduler_info()["workers"][next(iter(busy))]["name"]
             lost.append(next(iter(busy.values())))
             os.kill(workers[["first", "second"].index(name)].pid, signal.SIGKILL)
@@ -80,20 +75,24 @@ def test_a_killed_worker_loses_only_its_own_configuration_which_is_done_elsewher
     killer.join()
     assert lost
     assert sum(worker.poll() is not None for worker in workers) == 1
-    pd.testing.assert_frame_equal(steady(there / "results_batch_0.xlsx"), steady(here / "results_batch_0.xlsx"))
-    rows = pd.read_excel(there / "results_batch_0.xlsx")
+    pd.testing.assert_frame_equal(steady(there), steady(here))
+    rows = steady(there)
+    assert list(rows["q_bits"]) == [2, 3, 4, 5]
     assert (rows["status"] == "ok").all()
     assert (rows["num_items"] == 3).all()
     assert (rows["host"] == os.uname().nodename).all()
     assert (rows["cores"] == len(os.sched_getaffinity(0))).all()
 
 
-def test_a_cluster_on_this_machine_shares_its_cores(arrays, tmp_path):
+def test_the_command_shares_the_cores_of_this_machine_among_workers_that_measure_its_speed(arrays, tmp_path):
     model = small_network(tmp_path / "small.onnx", widths=(32, 2, 1))
     common = ["--data-dir", str(arrays), "--workdir", str(tmp_path), "--models", str(model), "--bits", "2", "3"]
     workers = min(2, os.cpu_count())
-    step5.main([*common, "--samples", "1", "--scheduler", f"local:{workers}"])
-    rows = pd.read_excel(tmp_path / "results_batch_0.xlsx")
+    not_here = "def no(*a): raise AssertionError\ncircuit.run_encrypted = no"  # the workers have their own modules
+    argv = command(*common, "--samples", "1", "--scheduler", f"local:{workers}", prelude=not_here)
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = steady(tmp_path)
     assert list(rows["q_bits"]) == [2, 3]
     assert (rows["status"] == "ok").all()
     assert (rows["cores"] == os.cpu_count() // workers).all()
@@ -113,18 +112,16 @@ class FakeWorker:
     periodic_callbacks: ClassVar = {}
 
 
-@pytest.mark.parametrize("name", ["concrete-ml", "code_sha256"])
+@pytest.mark.parametrize("name", ["concrete-ml", "result_version"])
 def test_a_worker_of_another_version_is_refused(monkeypatch, name):
     import distributed
 
     monkeypatch.setattr(distributed, "get_worker", FakeWorker)
-    identity = {**experiment.versions(), "code_sha256": experiment.CODE_SHA256, name: "another"}
-    job = experiment.Job("m", 2, b"", None, Setting(6, 2.0**-13, 0.0), np.zeros((1, 32)), identity)
-    task = experiment.Task(job, {"status": "ok"}, {}, 1.0)
+    expected = {**configuration.versions(), name: "another"}
     with pytest.raises(
         InputError, match=rf"worker tcp://elsewhere:1234: its {name} is .*, here it is another; install"
     ):
-        cluster.run_on_worker(task, {}, np.array([]), 1.0, None)
+        cluster.run_on_worker(expected, None, print)
 
 
 def test_a_worker_uses_all_its_cores(monkeypatch):
@@ -132,12 +129,20 @@ def test_a_worker_uses_all_its_cores(monkeypatch):
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as Dask's nanny does
     monkeypatch.setattr(distributed, "get_worker", FakeWorker)
-    seen = []
-    monkeypatch.setattr(cluster, "run_task", lambda *_: seen.append(os.environ["OMP_NUM_THREADS"]) or [])
-    identity = {**experiment.versions(), "code_sha256": experiment.CODE_SHA256}
-    job = experiment.Job("m", 2, b"", None, Setting(6, 2.0**-13, 0.0), np.zeros((1, 32)), identity)
-    assert cluster.run_on_worker(experiment.Task(job, {}, {}, 1.0), {}, np.array([]), 1.0, None) == []
-    assert seen == [str(len(os.sched_getaffinity(0)))]
+    seen = cluster.run_on_worker(configuration.versions(), None, lambda: os.environ["OMP_NUM_THREADS"])
+    assert seen == (FakeWorker.address, str(len(os.sched_getaffinity(0))))
+
+
+def test_a_circuit_is_compiled_once_in_a_process(monkeypatch):
+    made = []
+    monkeypatch.setattr(circuit, "cost", lambda c: ({"status": "ok"}, made.append("plan") or object()))
+    monkeypatch.setattr(circuit, "compile_circuit", lambda c: made.append("anew"))
+    one = configuration.Configuration("m", 2, b"", 4, False, None, None, {"identity": "a"})
+    circuit.plan_circuit(one)
+    circuit.take_circuit(one)
+    assert made == ["plan"]
+    circuit.take_circuit(one)  # as after the worker that had it has died
+    assert made == ["plan", "anew"]
 
 
 class FakeClient:
@@ -153,39 +158,48 @@ class FakeClient:
 
     run_on_scheduler = run
 
-    def submit(self, function, task, *args, **options):
-        return task.job.model_name
+    def submit(self, *call, **options):
+        return "future"
 
     def scheduler_info(self, n_workers):
         return {"workers": {}}
 
 
-@pytest.mark.parametrize("what", ["without the pipeline", "gone"])
-def test_a_scheduler_without_the_pipeline_or_gone_is_one_line(monkeypatch, what):
+def test_a_scheduler_without_the_pipeline_or_gone_is_one_line(monkeypatch):
     import distributed
 
     def lost(futures, timeout, return_when):
         raise distributed.client.FuturesCancelledError([])
 
+    with pytest.raises(InputError, match=r"^--scheduler tcp://there: .*cannot load the pipeline"):
+        cluster.Cluster(FakeClient(ModuleNotFoundError("No module named 'fhe_mlp'")), "tcp://there")
     monkeypatch.setattr(distributed, "wait", lost)
-    task = experiment.Task(experiment.Job("m", 2, b"", None, Setting(6, 0.1, 0.0), np.zeros((1, 32)), {}), {}, {}, 1.0)
-    client = FakeClient(ModuleNotFoundError("No module named 'fhe_mlp'") if what == "without the pipeline" else None)
-    data = {"val": (), "test": ()}
-    told = []
-    with pytest.raises(InputError, match=r"^--scheduler tcp://there: .*(cannot load the pipeline|is gone)"):
-        list(cluster.run_on_cluster(client, "tcp://there", [task], data, np.array([]), 1.0, told.append))
-    assert told == ([] if what == "without the pipeline" else ["waiting for a worker to come back"])
+    heard = []
+    with pytest.raises(InputError, match=r"^--scheduler tcp://there: it is gone"):
+        list(cluster.Cluster(FakeClient(), "tcp://there").map(print, [()], heard.append))
+    assert heard == ["waiting for a worker to come back"]
 
 
-def test_a_configuration_that_takes_workers_with_it_is_a_row():
-    job = experiment.Job("m", 2, b"", None, Setting(6, 2.0**-13, 0.0), np.zeros((1, 32)), {"identity": "a"})
-    task = experiment.Task(job, {"status": "ok", "complexity": 1e9}, {3: np.arange(5), 4: np.arange(2)}, 1.0)
-    found = experiment.failed_results(task, "its workers died")
-    assert [(r.batch, r.row["num_items"], r.row["status"], r.predictions) for r in found] == [
-        (3, 5, "failed", None),
-        (4, 2, "failed", None),
+def test_a_job_that_takes_its_workers_with_it_becomes_failed_rows(monkeypatch):
+    import distributed
+
+    class Future:
+        def result(self):
+            raise distributed.KilledWorker("job", None, 4)
+
+    client = FakeClient()
+    client.submit = lambda *call, **options: Future()
+    done = type("Done", (), {"done": []})
+    monkeypatch.setattr(distributed, "wait", lambda futures, **_: setattr(done, "done", futures) or done)
+    found = list(cluster.Cluster(client, "tcp://there").map(print, [()], lambda text: None))
+    assert found == [(0, None, None)]
+    one = configuration.Configuration("m", 2, b"", 4, False, None, None, {"identity": "a"})
+    task = step5.Task(one, {"status": "ok", "complexity": 1e9}, {3: [0] * 5, 4: [0] * 2}, 1.0)
+    rows = [row for _, row, _ in step5.failed_results(task)]
+    assert [(r["batch"], r["num_items"], r["status"], r["complexity"]) for r in rows] == [
+        (3, 5, "failed", 1e9),
+        (4, 2, "failed", 1e9),
     ]
-    assert found[0].row["complexity"] == 1e9
 
 
 def test_bad_schedulers_are_refused(arrays, tmp_path, capsys, monkeypatch):
@@ -196,4 +210,4 @@ def test_bad_schedulers_are_refused(arrays, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cluster, "CONNECT_SECONDS", 1)
     for address in ("tcp://127.0.0.1:9", "nonsense"):
         assert "python -m dask worker" in refusal(step5.main, [*common, "--scheduler", address], capsys)
-    assert not list(tmp_path.glob("results_*"))
+    assert not list(tmp_path.glob("*.xlsx"))

@@ -1,4 +1,4 @@
-"""Step 5, --export: the hospital's process and the server's, with nothing in common but the files that travel."""
+"""The export: a hospital's process and a server's, which have nothing in common but the files that travel."""
 
 from __future__ import annotations
 
@@ -10,247 +10,364 @@ import shutil
 import stat
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 
 import numpy as np
 import pytest
-from conftest import refusal, small_network
+from conftest import ROOT, small_network
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-import fhe_experiments as step5
-import preprocess_mitbih as pre
-from fhe_mlp import circuit, deployment, encrypted_beats, experiment
+from fhe_mlp import circuit, deployment
+from fhe_mlp.arrays import apply_scaler
+from fhe_mlp.cli import InputError
+from fhe_mlp.configuration import Setting, load_configuration
+
+sys.path.insert(0, str(ROOT / "fhe_mlp" / "deployment"))
+import boxes
+import client
+
+SETTING = Setting(4, 2.0**-40, 0.0)
+RNG = np.random.default_rng(0)
+X = np.clip(RNG.normal(size=(300, 32)), -3, 3).astype(np.float32)
+NAMES = ["a", "b", "c"]  # of the features in the tests of the .csv reader
 
 
-def call(folder, *argv):
-    """Run encrypted_beats.py of one side in its own folder."""
-    command = [sys.executable, "-I", "encrypted_beats.py", *map(str, argv)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-
-
-def side(folder, *argv, status=0):
-    """What `call` printed, of a refusal the one line."""
-    done = call(folder, *argv)
+def call(folder, script, *argv, status=0):
+    """Run one side's script in its own folder, without this checkout; what it printed, of a refusal the one line."""
+    command = [sys.executable, "-E", "-s", script, *map(str, argv)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stderr
-    if status:
-        lines = [line for line in done.stderr.splitlines() if not re.search("CUDA|KeySetCache", line)]
-        assert len(lines) == 1, lines
-        return lines[0]
-    return done.stdout
+    lines = [line for line in done.stderr.splitlines() if not re.search("CUDA|KeySetCache", line)]
+    if not status:
+        return done.stdout
+    assert len(lines) == 1, lines
+    assert done.stdout == ""
+    return lines[0]
+
+
+def describe(features):
+    """What the script passes to export, for a network of as many features."""
+    return {
+        "name": f"small with {features} features",
+        "output": "logit",
+        "threshold": 0.0,
+        "p_error": SETTING.p_error,
+        "security_bits": 128,
+        "test_accuracy": 0.9876,
+        "test_rows": 12345,
+        "complexity": 1.5e9,
+        "pbs": 3,
+        "features": [{"name": f"ampl, {k}", "unit": "mV", "formula": "as measured"} for k in range(features)],
+        "scaler": {"mean": list(range(features)), "sd": [0.5] * features, "clip_sd": 3.0},
+    }
 
 
 @pytest.fixture(scope="module")
-def exported(arrays, tmp_path_factory):
+def exported(tmp_path_factory):
+    """Folder of two exports, of 5 and of 32 features, and of the latter the network and the example rows."""
     folder = tmp_path_factory.mktemp("export")
-    model = small_network(folder / "small.onnx", widths=(32, 3, 1))
-    common = ["--data-dir", str(arrays), "--workdir", str(folder), "--models", str(model), "--p-error", str(2.0**-40)]
-    step5.main([*common, "--bits", "4", "--export", str(folder / "deployed")])
-    small_network(folder / "other.onnx", widths=(32, 3, 1), seed=1)
-    common[5] = str(folder / "other.onnx")
-    step5.main([*common, "--bits", "4", "--export", str(folder / "other")])
-    return folder
+    for name, features in (("other", 5), ("deployed", 32)):
+        path = small_network(folder / f"{name}.onnx", widths=(features, 3, 1))
+        rows = X[:, :features]
+        configuration = load_configuration(path, 4, SETTING, {"train": (rows, None)}, rows, {})
+        module = circuit.cost(configuration)[1]
+        order = np.argsort(circuit.outputs(module, rows, "disable"))
+        examples = rows[order[[0, -1, 1, 2, -2]]]  # far from the threshold, which the noise of rounding may cross
+        deployment.export(module, describe(features), examples, folder / name)
+    return folder, module, examples
 
 
 @pytest.fixture(scope="module")
-def hospital(exported):
+def sides(exported):
     """The client's folder after keys and encryption of the example beats, and the server's with what was sent."""
-    client, server = exported / "deployed" / "client", exported / "deployed" / "server"
-    side(client, "keys")
-    side(client, "encrypt", "example_beats.csv")
+    hospital, server = exported[0] / "deployed" / "client", exported[0] / "deployed" / "server"
+    call(hospital, "client.py", "keys")
+    call(hospital, "client.py", "encrypt", "example_beats.csv")
     for name in ("encrypted_beats.zip", "evaluation_keys.zip"):
-        shutil.copy(client / name, server)
-    return client, server
+        shutil.copy(hospital / name, server)
+    call(server, "server.py", "encrypted_beats.zip", "evaluation_keys.zip")
+    shutil.copy(server / "encrypted_answers.zip", hospital)
+    return hospital, server
 
 
-def test_two_processes_decide_as_the_quantized_network_in_clear(exported, hospital, arrays):
-    client, server = hospital
-    side(server, "run", "encrypted_beats.zip", "evaluation_keys.zip")
-    shutil.copy(server / "encrypted_answers.zip", client)
-    answers = list(csv.DictReader(io.StringIO(side(client, "decrypt", "encrypted_answers.zip"))))
-    data = pre.load_arrays(arrays)
-    calibration = data["train"][0][np.random.default_rng(42).permutation(3000)[: step5.CALIBRATION_ROWS]]
-    graph = circuit.without_sigmoid(circuit.load_network(exported / "small.onnx"))
-    module = circuit.compile_network(graph, 4, calibration, circuit.Setting(step5.ROUNDING_BITS, 2.0**-40, 0.0))
-    clear = circuit.outputs(module, data["train"][0][: len(answers)], "disable")
-    assert len(answers) == 5
-    assert [int(a["abnormal"]) for a in answers] == list((clear > 0).astype(int))
+def content(folder):
+    """Bytes of each file in a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+
+
+def test_two_processes_decide_as_the_network_in_cleartext(exported, sides):
+    answers = list(csv.DictReader(io.StringIO(call(sides[0], "client.py", "decrypt", "encrypted_answers.zip"))))
+    clear = circuit.outputs(exported[1], exported[2], "disable")
+    assert [int(answer["abnormal"]) for answer in answers] == list((clear > 0).astype(int)) == [0, 1, 0, 0, 1]
     for answer in answers:
         assert float(answer["probability"]) == pytest.approx(1 / (1 + np.exp(-float(answer["output"]))))
 
 
-def test_the_servers_folder_never_holds_a_secret_key(exported, hospital):
-    client, server = hospital
-    assert {p.name for p in server.iterdir()} <= {
-        "server.zip",
-        "encrypted_beats.py",
-        "README.md",
-        "requirements.txt",
-        "encrypted_beats.zip",
-        "evaluation_keys.zip",
-        "encrypted_answers.zip",
-    }
-    secret = list((client / "keys").rglob("secretKey_*"))
+def test_the_servers_folder_never_holds_a_secret_key(sides):
+    hospital, server = sides
+    sent = b"".join(content(server).values())
+    secret = list((hospital / "keys").rglob("secretKey_*"))
     assert secret
-    sent = b"".join(path.read_bytes() for path in server.iterdir())
-    with zipfile.ZipFile(server / "evaluation_keys.zip") as box:
-        assert sorted(box.namelist()) == ["000000.bin", "header.json"]
-        sent += box.read("000000.bin")
     for path in secret:
-        content = path.read_bytes()
-        middle = len(content) // 2
-        assert content[middle : middle + 64] not in sent  # no 64 bytes of it, whatever is around them
+        key = path.read_bytes()
+        assert key[len(key) // 2 :][:64] not in sent  # no 64 bytes of it, whatever is around them
 
 
-def test_secret_keys_are_their_owners_only(hospital):
-    client, _ = hospital
-    paths = [client / "keys", *(client / "keys").rglob("*")]
-    assert any(path.is_file() for path in paths)
-    for path in paths:
-        assert not stat.S_IMODE(path.stat().st_mode) & 0o077, path
+def test_secret_keys_are_readable_by_their_owner_only(sides):
+    for path in (sides[0] / "keys", *(sides[0] / "keys").rglob("*")):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
 
 
-def test_a_damaged_key_is_refused_and_left_as_it_is(hospital, tmp_path):
-    client, _ = hospital
-    copy = tmp_path / "keys"
-    shutil.copytree(client / "keys", copy)
-    key = next(copy.rglob("secretKey_0"))
+def test_a_damaged_key_is_refused_and_left_alone(sides, tmp_path):
+    shutil.copytree(sides[0] / "keys", tmp_path / "keys")
+    key = next((tmp_path / "keys").rglob("secretKey_0"))
     key.write_bytes(key.read_bytes()[:1000])
-    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    line = side(client, "--keys", copy, "encrypt", "example_beats.csv", "--output", tmp_path / "out.zip", status=2)
-    assert "secretKey_0: is missing or damaged" in line
-    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+    before = content(tmp_path)
+    argv = ("encrypt", "example_beats.csv", "--keys", tmp_path / "keys", "--output", tmp_path / "out.zip")
+    assert "secretKey_0: is missing or damaged" in call(sides[0], "client.py", *argv, status=2)
+    assert content(tmp_path) == before
+
+
+def test_secret_and_evaluation_keys_are_made_together_or_not_at_all(sides, tmp_path):
+    (tmp_path / "file").write_text("")
+    argv = ("keys", "--keys", tmp_path / "new", "--output", tmp_path / "file" / "evaluation_keys.zip")
+    call(sides[0], "client.py", *argv, status=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert "is there already" in call(sides[0], "client.py", "keys", status=2)
+
+
+def test_no_output_overwrites_what_a_command_reads(sides):
+    hospital, server = sides
+    before = content(hospital) | content(server)
+    for output in ("example_beats.csv", "model.json", "keys", "keys/about.json"):
+        line = call(hospital, "client.py", "encrypt", "example_beats.csv", "--output", output, status=2)
+        assert "would overwrite" in line
+    for output in ("encrypted_beats.zip", "server.zip"):
+        argv = ("encrypted_beats.zip", "evaluation_keys.zip", "--output", output)
+        assert "would overwrite" in call(server, "server.py", *argv, status=2)
+    assert content(hospital) | content(server) == before
+
+
+def test_wrong_keys_truncated_files_and_another_model_are_refused(exported, sides, tmp_path):
+    hospital, server = sides
+    other = exported[0] / "other"
+    assert "make them with" in call(other / "client", "client.py", "encrypt", "example_beats.csv", status=2)
+    argv = ("encrypted_beats.zip", "--keys", tmp_path / "keys", "--output", tmp_path / "evaluation_keys.zip")
+    call(hospital, "client.py", "keys", *argv[1:])
+    argv = ("encrypted_beats.zip", tmp_path / "evaluation_keys.zip", "--output", tmp_path / "answers.zip")
+    assert "must come from the same keys" in call(server, "server.py", *argv, status=2)
+    argv = ("decrypt", "encrypted_answers.zip", "--keys", tmp_path / "keys")
+    assert "the keys it was encrypted with" in call(hospital, "client.py", *argv, status=2)
+
+    whole = (server / "encrypted_beats.zip").read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for damaged in (whole[: len(whole) // 2], whole[:10], b"", flipped):
+        (tmp_path / "beats.zip").write_bytes(damaged)
+        argv = (tmp_path / "beats.zip", "evaluation_keys.zip", "--output", tmp_path / "answers.zip")
+        assert "beats.zip: is truncated or damaged" in call(server, "server.py", *argv, status=2)
+    argv = ("evaluation_keys.zip", "evaluation_keys.zip", "--output", tmp_path / "answers.zip")
+    assert "holds 'evaluation keys'" in call(server, "server.py", *argv, status=2)
+    argv = (server / "encrypted_beats.zip", server / "evaluation_keys.zip", "--output", tmp_path / "answers.zip")
+    assert "must come from one export" in call(other / "server", "server.py", *argv, status=2)
+    assert not (tmp_path / "answers.zip").exists()
+
+
+def test_bytes_that_are_no_ciphertext_are_refused_in_one_line(sides, tmp_path):
+    hospital, server = sides
+    header, payloads = boxes.read_box(hospital / "encrypted_beats.zip", "encrypted beats")
+    for kind, payload in (("encrypted beats", payloads[0][:999]), ("encrypted answers", payloads[0])):
+        boxes.write_box(tmp_path / f"{kind}.zip", kind, header["model"], header["key"], [payload])
+    argv = (tmp_path / "encrypted beats.zip", "evaluation_keys.zip", "--output", tmp_path / "out.zip")
+    assert "cannot be computed with" in call(server, "server.py", *argv, status=2)
+    line = call(hospital, "client.py", "decrypt", tmp_path / "encrypted answers.zip", status=2)
+    assert "encrypted answers.zip: holds no answer" in line
     assert not (tmp_path / "out.zip").exists()
 
 
-def test_keys_and_what_the_server_needs_are_made_together_or_not_at_all(hospital, tmp_path):
-    client, _ = hospital
-    (tmp_path / "file").write_text("")
-    keys, target = tmp_path / "new", tmp_path / "file" / "evaluation_keys.zip"
-    side(client, "--keys", keys, "keys", "--output", target, status=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+def lying_box(path, header, entries=(b"x",), compression=zipfile.ZIP_STORED, claim=None):
+    """Write a box with a header that may be anything and, with `claim`, a size in the directory that is not true."""
+    with zipfile.ZipFile(path, "w", compression) as box:
+        box.writestr("header.json", header if isinstance(header, str) else json.dumps(header))
+        for number, payload in enumerate(entries):
+            box.writestr(f"{number:06d}.bin", payload)
+        if claim:
+            box.filelist[-1].file_size = box.filelist[-1].compress_size = claim
+    return path
 
 
-def test_what_travels_cannot_be_overwritten_by_its_own_result(hospital):
-    client, _ = hospital
-    before = (client / "example_beats.csv").read_bytes()
-    done = call(client, "encrypt", "example_beats.csv", "--output", "example_beats.csv")
-    assert done.returncode == 2
-    assert "would overwrite" in done.stderr
-    assert (client / "example_beats.csv").read_bytes() == before
+HEADER = {"kind": "k", "version": boxes.BOX_VERSION, "model": "0", "key": "0", "count": 1}
 
 
-def test_a_beats_file_as_excel_writes_it_is_read(hospital, tmp_path):
-    client, _ = hospital
-    (tmp_path / "beats.csv").write_bytes(b"\xef\xbb\xbf" + (client / "example_beats.csv").read_bytes())
-    side(client, "encrypt", tmp_path / "beats.csv", "--output", tmp_path / "out.zip")
-    with zipfile.ZipFile(tmp_path / "out.zip") as box:
-        assert len(box.namelist()) == 6
+@pytest.mark.parametrize(
+    "lie",
+    [
+        *({"header": {**HEADER, "count": count}} for count in (10**12, 2, 0, -1, True, 1.0, "1", None, [1])),
+        *({"header": header} for header in ([], "x", None, "[" * 9000, '{"kind": "k"}', " " * 20000)),
+        *({"header": {**HEADER, name: "../../etc\n"}} for name in ("kind", "version", "model", "key")),
+        {"header": HEADER, "claim": 10**12},
+        {"header": HEADER, "claim": 3 * 10**8},
+        {"header": HEADER, "entries": [bytes(10**8)], "compression": zipfile.ZIP_DEFLATED},
+    ],
+)
+def test_a_lying_box_is_refused_in_one_line_without_memory(tmp_path, lie):
+    path = lying_box(tmp_path / "box.zip", **lie)
+    tracemalloc.start()
+    with pytest.raises(boxes.Refusal) as refusal:
+        boxes.read_box(path, "k")
+    assert tracemalloc.get_traced_memory()[1] < 10**6
+    tracemalloc.stop()
+    assert str(refusal.value).startswith(f"{path}: ")
+    assert len(str(refusal.value).splitlines()) == 1
 
 
-def test_an_answer_that_is_none_is_refused(hospital, tmp_path):
-    client, _ = hospital
-    with zipfile.ZipFile(client / "encrypted_beats.zip") as box:
-        header = json.loads(box.read("header.json")) | {"kind": "encrypted answers", "count": 1}
-    encrypted_beats.write_box(tmp_path / "answers.zip", header, [b"garbage"])
-    done = call(client, "decrypt", tmp_path / "answers.zip")
-    assert done.returncode == 2
-    assert "answers.zip: holds no answer" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
-    encrypted_beats.write_box(tmp_path / "answers.zip", header, [])
-    with pytest.raises(encrypted_beats.Refusal, match="nothing in it"):
-        encrypted_beats.read_box(tmp_path / "answers.zip", "encrypted answers")
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(edits=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=4), end=st.integers(0, 10**6))
+def test_a_box_is_read_as_written_or_refused(tmp_path, edits, end):
+    whole = bytearray(lying_box(tmp_path / "box.zip", {**HEADER, "count": 2}, (b"first", b"second")).read_bytes())
+    for place, value in edits:
+        whole[place % len(whole)] = value
+    (tmp_path / "box.zip").write_bytes(whole[: end or None])
+    try:
+        assert boxes.read_box(tmp_path / "box.zip", "k")[1] == [b"first", b"second"]
+    except boxes.Refusal as refusal:
+        assert len(str(refusal).splitlines()) == 1
 
 
-def test_wrong_keys_truncated_files_and_another_model_are_refused(exported, hospital, tmp_path):
-    client, server = hospital
-    again = tmp_path / "client"
-    shutil.copytree(client, again, ignore=shutil.ignore_patterns("keys", "*.zip"))
-    shutil.copy(client / "client.zip", again)
-    assert "make them with" in side(again, "encrypt", "example_beats.csv", status=2)
-    side(again, "keys")
-    assert "is there already" in side(again, "keys", status=2)
-
-    wrong = tmp_path / "server"
-    shutil.copytree(server, wrong, ignore=shutil.ignore_patterns("encrypted_answers.zip"))
-    shutil.copy(again / "evaluation_keys.zip", wrong)
-    line = side(wrong, "run", "encrypted_beats.zip", "evaluation_keys.zip", status=2)
-    assert "beats and evaluation keys must come from the same keys" in line
-    shutil.copy(server / "evaluation_keys.zip", wrong)
-
-    whole = (server / "encrypted_beats.zip").read_bytes()
-    broken = bytearray(whole)
-    broken[len(whole) // 2] ^= 1
-    for content in (whole[: len(whole) // 2], whole[:10], b"", bytes(broken)):
-        (wrong / "encrypted_beats.zip").write_bytes(content)
-        line = side(wrong, "run", "encrypted_beats.zip", "evaluation_keys.zip", status=2)
-        assert "encrypted_beats.zip: is truncated or damaged" in line
-    (wrong / "encrypted_beats.zip").write_bytes(whole)
-    line = side(wrong, "run", "evaluation_keys.zip", "evaluation_keys.zip", status=2)
-    assert "holds evaluation keys" in line
-
-    shutil.copy(exported / "other" / "server" / "server.zip", wrong)
-    line = side(wrong, "run", "encrypted_beats.zip", "evaluation_keys.zip", status=2)
-    assert "server.zip and client.zip must come from one export" in line
-    assert not (wrong / "encrypted_answers.zip").exists()
-
-    side(server, "run", "encrypted_beats.zip", "evaluation_keys.zip")
-    line = side(again, "decrypt", server / "encrypted_answers.zip", status=2)
-    assert "the keys it was encrypted with" in line
+WANTED = [[1.5, -2.0, 3e-2], [4.0, 5.25, 6.0]]
 
 
-@pytest.mark.parametrize("edit", ["missing column", "nan", "text", "empty"])
-def test_bad_beats_are_refused(hospital, tmp_path, edit):
-    client, _ = hospital
-    with (client / "example_beats.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if edit == "missing column":
-        rows = [{k: v for k, v in row.items() if k != "ch0_R_peak"} for row in rows]
-    elif edit == "empty":
-        rows = []
-    else:
-        rows[1]["ch0_R_peak"] = "nan" if edit == "nan" else "x"
-    with (tmp_path / "beats.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0] if rows else ["ch0_R_peak"])
-        writer.writeheader()
-        writer.writerows(rows)
-    before = (client / "encrypted_beats.zip").read_bytes()
-    assert "beats.csv" in side(client, "encrypt", tmp_path / "beats.csv", status=2)
-    assert (client / "encrypted_beats.zip").read_bytes() == before
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a,b,c\n1.5,-2,3e-2\n4,5.25,6\n",
+        "c,a,b\n0.03,1.5,-2\n6,4,5.25",
+        "a, b , c\r\n 1.5, -2, 0.03\r\n4 ,5.25,6\r\n\r\n",
+        "a,b,c\r\r\n1.5,-2,0.03\r\r\n4,5.25,6\r\r\n",
+        'a,b,c\n1.5,"-2", "0.03"\n4,5.25,6\n,,\n,,,,\n',
+        "a,b,c\n1.5,-2,0.03,\n4,5.25,6,\n",
+        "a,b,c,\n1.5,-2,0.03,\n4,5.25,6,\n",
+        "a;b;c\n1.5;-2;0.03\n4;5.25;6\n",
+        "a;b;c\n1,5;-2;0,03\n4;5,250;6\n",
+        'a,b,c\n"1,5",-2,"0,03"\n4,"5,25",6\n',
+        "a\tb\tc\n1,5\t-2\t3,0E-2\n4\t5,25\t6\n",
+        "comment,a,b,c,x,x\ngood,1.5,-2,0.03,,\nn\xe4,4,5.25,6,1;2,NaN\n",
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+def test_a_beats_file_is_read_as_spreadsheets_and_programs_write_it(tmp_path, text, encoding):
+    (tmp_path / "beats.csv").write_bytes(text.encode(encoding))
+    np.testing.assert_array_equal(client.read_beats(tmp_path / "beats.csv", NAMES), WANTED)
 
 
-def test_the_export_describes_itself_and_overwrites_nothing(exported, arrays, capsys):
-    deployed = exported / "deployed"
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("a,b,c\n1,2,3\n7,4,5,6\n", "line 3: 4 values for 3 columns"),
+        ('a,b,c\n"1",4,5,6\n', "line 2: 4 values"),
+        ("a,b,c\n0,5,1,2\n", "line 2: 4 values"),
+        ('a,b,comment\n"1",4,5,""\n', "0 columns are called 'c'"),
+        ('a,b,c,comment\n"1",4,5,6,""\n', "line 2: 5 values for 4 columns"),
+        ("a,b,c\n1,2,3,\n4,5,6\n", "line 2: 4 values"),
+        ("a,b,c\n1,2\n", "line 2: 2 values"),
+        ("a,b\n1,2\n", "0 columns are called 'c'"),
+        ("a,b,c,a\n1,2,3,4\n", "2 columns are called 'a'"),
+        ("1,2,3\n4,5,6\n", "0 columns are called 'a'"),
+        ("a,b,c\n1,,3\n", "line 2, column b: there is no value"),
+        ("a,b,c\n,,\n1,2,3\n", "line 2, column a: there is no value"),
+        ('a,b,c\n1,2,"1,234"\n', "line 2, column c: '1,234'"),
+        ("a;b;c\n1;2;1,234\n", "line 2, column c: '1,234'"),
+        ("a;b;c\n1;0.5;0,5\n", "line 2, column c: '0,5'"),
+        ("a;b;c\n1;2;1.234,5\n", "line 2, column c: '1.234,5'"),
+        *((f"a,b,c\n1,2,3\n1,2,{cell}\n", "line 3, column c: ") for cell in ("nan", "inf", "1e999", "x", "1_0", "1 0")),
+        ('a,b,c,d\n1,2,3,"x\n4,5,6,y\n', "line 3: unexpected end of data"),
+        ("a,b,c\n", "holds no beats"),
+        ("", "0 columns"),
+        ("a\0b", "is not text"),
+    ],
+)
+def test_what_a_beats_file_could_mean_in_two_ways_is_refused_with_its_place(tmp_path, text, where):
+    (tmp_path / "beats.csv").write_text(text, newline="")
+    with pytest.raises(boxes.Refusal, match=re.escape(where)) as refusal:
+        client.read_beats(tmp_path / "beats.csv", NAMES)
+    assert str(refusal.value).startswith(str(tmp_path / "beats.csv"))
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    values=st.lists(st.lists(st.floats(-1e6, 1e6), min_size=3, max_size=3), min_size=1, max_size=4),
+    separator=st.sampled_from(",;\t"),
+    comma=st.booleans(),
+    comment=st.text(max_size=5),
+    row_names=st.booleans(),
+)
+def test_no_way_of_writing_a_table_shifts_or_changes_a_number(tmp_path, values, separator, comma, comment, row_names):
+    rows = [[f"{value:.4f}".replace(".", "," if comma else ".") for value in row] for row in values]
+    table = [["b", "note", "a", "c"], *([*[str(k)] * row_names, r[1], comment, r[0], r[2]] for k, r in enumerate(rows))]
+    text = io.StringIO()
+    csv.writer(text, delimiter=separator).writerows(table)
+    if comma and separator == ",":
+        text = io.StringIO(text.getvalue().replace('"', ""))
+    (tmp_path / "beats.csv").write_bytes(text.getvalue().encode("utf-8", "replace"))
+    try:
+        read = client.read_beats(tmp_path / "beats.csv", NAMES)
+        np.testing.assert_array_equal(read, [[float(f"{value:.4f}") for value in row] for row in values])
+        assert not row_names
+    except boxes.Refusal as refusal:
+        assert row_names or (comma and separator == ",") or "\0" in comment, refusal
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.one_of(st.binary(), st.text('abc,;\t"\n\r 0123456789.eE+-').map(lambda text: b"a,b,c\n" + text.encode())))
+def test_any_bytes_are_a_table_of_finite_numbers_or_one_line(tmp_path, beats):
+    (tmp_path / "beats.csv").write_bytes(beats)
+    try:
+        assert np.isfinite(client.read_beats(tmp_path / "beats.csv", NAMES)).all()
+    except boxes.Refusal as refusal:
+        assert len(str(refusal).splitlines()) == 1
+
+
+def test_a_column_in_another_unit_is_named_on_stderr(capsys):
+    model = describe(3)
+    z = client.scale(np.array([[0.0, 800.0, 2.0], [0.5, 900.0, 900.0], [0.0, 1.0, 2.0]]), model)
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: ampl, 1: 2 of 3 values are over 10 standard deviations from the training data's mean; its unit is mV"
+    ]
+    np.testing.assert_array_equal(z[1], [1, 3, 3])
+
+
+def test_the_export_describes_itself_and_overwrites_nothing(exported):
+    deployed = exported[0] / "deployed"
     model = json.loads((deployed / "client" / "model.json").read_text())
-    assert [feature["name"] for feature in model["features"]] == [feature["name"] for feature in pre.FEATURES]
-    assert model["security_bits"] == 128
-    assert model["scaler"] == pre.load_scaler(arrays)
+    assert model == {**describe(32), "model": boxes.sha256(deployed / "server" / "server.zip")}
+    with (deployed / "client" / "example_beats.csv").open(newline="") as file:
+        names, *raw = csv.reader(file)
+    assert names == [feature["name"] for feature in model["features"]]
+    np.testing.assert_array_equal(apply_scaler(np.array(raw, dtype=float), model["scaler"]), exported[2])
     readme = (deployed / "README.md").read_text()
-    for word in ("128 bits", "p_error", "python encrypted_beats.py run", "readable by its owner only"):
-        assert word in readme
-    common = ["--data-dir", arrays, "--workdir", exported, "--models", exported / "small.onnx", "--bits", "4"]
-    before = {p: p.read_bytes() for p in deployed.rglob("*") if p.is_file()}
-    assert "is there already" in refusal(step5.main, [*common, "--export", deployed], capsys)
-    assert {p: p.read_bytes() for p in deployed.rglob("*") if p.is_file()} == before
+    for words in (
+        "98.76% of 12,345",
+        "128 bits",
+        "p_error is 9.09e-13",
+        "(32 here",
+        "python server.py encrypted_beats",
+    ):
+        assert words in readme
+    before = content(deployed)
+    with pytest.raises(InputError, match="is there already"):
+        deployment.export(exported[1], describe(32), X[:5], deployed)
+    with pytest.raises(KeyError):
+        deployment.export(exported[1], {**describe(32), "scaler": {}}, X[:5], exported[0] / "new")
+    assert content(deployed) == before
+    assert not [path for path in exported[0].iterdir() if "new" in path.name]
 
 
-def test_of_equally_dear_bit_widths_the_most_accurate_is_chosen(monkeypatch):
-    prices = {2: (1.9e9, 0.971), 3: (2.870e9, 0.980), 4: (2.871e9, 0.986), 5: (5e9, 0.987)}
-
-    class Module:
-        def __init__(self, bits):
-            self.bits = bits
-            self.fhe_circuit = type("Circuit", (), {"complexity": prices[bits][0]})
-
-    monkeypatch.setattr(deployment, "compile_job", lambda job: Module(job.bits))
-    monkeypatch.setattr(
-        deployment, "accuracies", lambda module, *_: {"accuracy_clear_validation": prices[module.bits][1]}
-    )
-    jobs = [experiment.Job("m", bits, b"", None, None, None, {}) for bits in prices]
-    assert deployment.choose(jobs, {}, 0.01).bits == 4
-
-
-def test_example_beats_scale_back_to_the_arrays(exported, arrays):
-    with (exported / "deployed" / "client" / "example_beats.csv").open(newline="") as file:
-        raw = np.array([[float(v) for v in row.values()] for row in csv.DictReader(file)])
-    scaled = pre.apply_scaler(raw, pre.load_scaler(arrays))
-    np.testing.assert_allclose(scaled, pre.load_arrays(arrays)["train"][0][: len(raw)], atol=1e-5)
+def test_an_export_needs_a_new_folder_in_one_that_can_be_written(tmp_path):
+    deployment.check_new(tmp_path / "new" / "deployed")
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path, tmp_path / "file", tmp_path / "file" / "deployed"):
+        with pytest.raises(InputError, match="name a"):
+            deployment.check_new(folder)

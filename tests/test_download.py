@@ -12,6 +12,7 @@ import wfdb
 from conftest import make_record, refusal
 
 import preprocess_mitbih as pre
+from fhe_mlp.arrays import load_description
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_download_then_preprocess(server, tmp_path):
     pre.main(argv(tmp_path))
     for path in server.folder.glob("1*"):
         assert (tmp_path / "mitdb" / path.name).read_bytes() == path.read_bytes()
-    assert set(pre.load_description(tmp_path / "d")["recipe"]["records"]) == {"100", "101"}
+    assert set(load_description(tmp_path / "d")["recipe"]["records"]) == {"100", "101"}
     server.requests.clear()
     pre.main(argv(tmp_path, "--no-download"))
     assert server.requests == []

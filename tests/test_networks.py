@@ -13,15 +13,15 @@ import onnxruntime
 import openpyxl
 import pandas as pd
 import pytest
-from conftest import refusal
+from conftest import RATES, refusal
 
 import dynamic_pruning_eval as step3
 import h5_onnx_converter as step4
 import MLP_model_0 as step1
-import preprocess_mitbih as pre
 import TF_pruning as step2
-from fhe_mlp import networks, neuron_removal
+from fhe_mlp import cli, networks, neuron_removal
 from fhe_mlp import quantized as q
+from fhe_mlp.arrays import load_arrays
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_baseline_is_the_published_network_and_its_report_is_of_the_saved_file(w
     assert [layer.units for layer in model.layers if hasattr(layer, "units")] == [64, 64, 32, 16, 1]
     assert [layer.rate for layer in model.layers if hasattr(layer, "rate")] == [0.2] * 3
     metrics = json.loads((workdir / "MLP_model_0_metrics.json").read_text())
-    accuracy = networks.accuracy(model, *pre.load_arrays(arrays)["test"])
+    accuracy = networks.accuracy(model, *load_arrays(arrays)["test"])
     assert metrics["test"]["accuracy"] == pytest.approx(accuracy, abs=1e-9)
     assert accuracy > 0.9
     for name in ("training", "roc"):
@@ -122,14 +122,14 @@ def test_pruned_file_is_three_quarters_zero_in_whole_blocks(workdir, arrays, tmp
         assert (blocks.all(axis=1) == blocks.any(axis=1)).all()
     assert report["accuracy"]["after"] == report["accuracy"]["reloaded"]
     assert report["accuracy"]["before"]["val"] == networks.accuracy(
-        networks.load_mlp(tmp_path / "MLP_model_0.h5", ""), *pre.load_arrays(arrays)["val"]
+        networks.load_mlp(tmp_path / "MLP_model_0.h5", ""), *load_arrays(arrays)["val"]
     )
 
 
 def test_sparsity_follows_the_polynomial_decay(workdir, arrays, keras):
-    data = pre.load_arrays(arrays)
+    data = load_arrays(arrays)
     model = networks.load_mlp(workdir / "MLP_model_0.h5", "")
-    wrapped = step2.wrap_for_pruning(model, 1, steps=201)
+    wrapped = step2.wrap_for_pruning(model, 1, 201, (0.25, 0.75))
     for old, new in zip(model.layers, wrapped.layers):
         for a, b in zip(old.get_weights(), getattr(new, "layer", new).get_weights()):
             np.testing.assert_array_equal(a, b)
@@ -194,12 +194,12 @@ def test_revive_fills_empty_neurons_without_changing_the_network():
 
 
 def test_step3_files_hold_what_the_workbook_says(workdir, arrays, keras):
-    data = pre.load_arrays(arrays)
+    data = load_arrays(arrays)
     table = pd.read_excel(workdir / "dynamic_pruning_results.xlsx", sheet_name="results")
-    assert list(table["rate_percent"]) == list(range(25, 91, 5))
+    assert list(table["rate_percent"]) == list(map(int, RATES[1:]))
     quantized = pd.read_excel(workdir / "dynamic_pruning_results.xlsx", sheet_name="quantized")
     kept = table.dropna(subset="file")
-    assert len(kept) == 10
+    assert len(kept) == len(RATES) - 1
     sheet = openpyxl.load_workbook(workdir / "dynamic_pruning_results.xlsx")["results"]
     formats = {sheet.cell(1, c).value: sheet.cell(2, c).number_format for c in range(1, sheet.max_column + 1)}
     assert {f for name, f in formats.items() if "accuracy" in name} == {"0.0000"}
@@ -223,7 +223,7 @@ def test_step3_files_hold_what_the_workbook_says(workdir, arrays, keras):
         for bits, network in chosen.items():
             assert network.accuracy(*data["val"]) == pytest.approx(said.loc[bits, "val_accuracy"], abs=1e-12)
             assert network.accuracy(*data["test"]) == pytest.approx(said.loc[bits, "test_accuracy"], abs=1e-12)
-            assert network.kept_bits == said.loc[bits, "kept_bits"]
+            assert network.rounding_bits == said.loc[bits, "rounding_bits"]
             assert network.pbs() == said.loc[bits, "pbs"] == sum(widths)
         assert row["quantized_val_accuracy"] == said.loc[row["quantized_bits"], "val_accuracy"]
         assert row["predicted_complexity"] == said.loc[row["quantized_bits"], "predicted_complexity"]
@@ -263,7 +263,7 @@ def test_same_seed_same_pruned_networks(workdir, arrays, tmp_path, keras):
         shutil.copy(workdir / "MLP_model_0.h5", folder)
         common = ["--data-dir", str(arrays), "--workdir", str(folder)]
         step2.main([*common, "--epochs", "1"])
-        step3.main([*common, "--rates", "50", "80", "--fine-tune-epochs", "1", "--quantization-epochs", "1"])
+        step3.main([*common, "--rates", "80", "--fine-tune-epochs", "1", "--quantization-epochs", "1"])
         files = [folder / "tf_pruned_model.h5", *networks.by_rank(folder, ".h5")]
         weights.append([w for path in files for w in networks.load_mlp(path, "").get_weights()])
         weights[-1] += [layer.weights for path in files for n in q.read_h5(path, "") for layer in n.layers]
@@ -277,7 +277,7 @@ def test_same_seed_same_pruned_networks(workdir, arrays, tmp_path, keras):
 
 
 def test_onnx_files_are_checked_and_equal_keras(workdir, arrays, keras):
-    X = pre.load_arrays(arrays)["test"][0]
+    X = load_arrays(arrays)["test"][0]
     files = networks.by_rank(workdir, ".onnx")
     assert [p.stem for p in files] == [p.stem for p in networks.by_rank(workdir, ".h5")]
     for path in files:
@@ -401,7 +401,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(workdir, arrays, tmp_
     for path in workdir.glob("*.h5"):
         shutil.copy(path, tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    write_bytes, calls = pre.Path.write_bytes, []
+    write_bytes, calls = cli.Path.write_bytes, []
 
     def no_room(path, content):
         calls.append(path)
@@ -410,7 +410,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(workdir, arrays, tmp_
             raise OSError(28, "No space left on device", str(path))
         return write_bytes(path, content)
 
-    monkeypatch.setattr(pre.Path, "write_bytes", no_room)
+    monkeypatch.setattr(cli.Path, "write_bytes", no_room)
     options = ["--epochs", "1"] if step is step1 else ["--fine-tune-epochs", "0", "--quantization-epochs", "0"]
     assert "No space left" in refusal(step.main, ["--data-dir", arrays, "--workdir", tmp_path, *options], capsys)
     monkeypatch.undo()

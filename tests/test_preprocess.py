@@ -10,7 +10,8 @@ import pytest
 from conftest import BEAT_COUNT, make_record, refusal
 
 import preprocess_mitbih as pre
-from fhe_mlp import common
+from fhe_mlp import arrays as arr
+from fhe_mlp import cli, ecg_features
 from preprocess_mitbih import main
 
 
@@ -20,7 +21,7 @@ def build(records, folder, *options):
 
 
 def test_features_are_32_named_and_in_the_published_order():
-    names = [f["name"] for f in pre.FEATURES]
+    names = [f["name"] for f in ecg_features.FEATURES]
     assert len(set(names)) == 32
     assert names[:7] == [
         "ch0_pre_RR",
@@ -32,7 +33,7 @@ def test_features_are_32_named_and_in_the_published_order():
         "ch0_Q_peak",
     ]
     assert names[16:19] == ["ch1_mean_RR", "ch1_template_corr", "ch1_P_peak"]
-    assert all(f["unit"] in ("1", "s") and f["formula"] for f in pre.FEATURES)
+    assert all(f["unit"] in ("1", "s") and f["formula"] for f in ecg_features.FEATURES)
 
 
 def test_every_beat_symbol_of_ec57_has_its_class():
@@ -58,8 +59,8 @@ def test_features_measure_what_the_record_holds(fs):
         ):
             x += height * np.exp(-0.5 * ((t - beat - centre) / width) ** 2)
     samples = np.rint(times * fs).astype(int)
-    X, index, dropped = pre.beat_features(np.column_stack([x, 2 * x]), fs, samples)
-    table = pd.DataFrame(X, columns=[f["name"] for f in pre.FEATURES], index=index)
+    X, index, dropped = ecg_features.beat_features(np.column_stack([x, 2 * x]), fs, samples)
+    table = pd.DataFrame(X, columns=[f["name"] for f in ecg_features.FEATURES], index=index)
     assert dropped["first or last beat"] == 2
     assert list(index) == list(range(1, 29))
     assert table.loc[5, "ch0_pre_RR"] == pytest.approx(1, abs=0.01)
@@ -83,12 +84,12 @@ def test_beats_outside_or_in_missing_or_flat_signal_are_dropped_and_counted():
     beats = np.arange(50, 9950, 300)
     signal[beats[5] + 10, 0] = np.nan
     signal[beats[9] - 150 : beats[9] + 200, 1] = 0.5
-    _, index, dropped = pre.beat_features(signal, 360, beats)
+    _, index, dropped = ecg_features.beat_features(signal, 360, beats)
     assert 5 not in index
     assert 9 not in index
     assert dropped["signal missing or flat"] == 2
     early = np.concatenate([[10, 40], beats[1:]])
-    _, index, dropped = pre.beat_features(signal, 360, early)
+    _, index, dropped = ecg_features.beat_features(signal, 360, early)
     assert dropped["window leaves the record"] == 1
     assert 1 not in index
 
@@ -96,7 +97,7 @@ def test_beats_outside_or_in_missing_or_flat_signal_are_dropped_and_counted():
 def test_a_beat_that_is_annotated_twice_is_dropped_under_its_own_name():
     signal = np.random.default_rng(0).normal(size=(10_000, 2))
     beats = np.insert(np.arange(350, 9950, 300), 4, 350 + 4 * 300)
-    _, index, dropped = pre.beat_features(signal, 360, beats)
+    _, index, dropped = ecg_features.beat_features(signal, 360, beats)
     assert dropped["annotated twice or out of order"] == 2
     assert not {4, 5} & set(index)
 
@@ -114,17 +115,17 @@ def test_draw_keeps_rare_classes_and_fills_with_q():
 
 def test_scaler_uses_the_training_part_and_clips():
     X = np.array([[0.0, 5], [2, 5], [4, 5]], np.float32)
-    scaler = pre.fit_scaler(X)
-    scaled = pre.apply_scaler(X, scaler)
+    scaler = arr.fit_scaler(X)
+    scaled = arr.apply_scaler(X, scaler)
     np.testing.assert_allclose(scaled[:, 0], [-1.2247449, 0, 1.2247449], rtol=1e-6)
     assert (scaled[:, 1] == 0).all()
-    assert pre.apply_scaler(np.array([100.0, 5]), scaler)[0] == pre.CLIP_SD
+    assert arr.apply_scaler(np.array([100.0, 5]), scaler)[0] == arr.CLIP_SD
     assert scaled.dtype == np.float32
 
 
 def test_command_writes_checked_disjoint_balanced_arrays(records, tmp_path, capsys):
     description, beats = build(records, tmp_path / "d")
-    data = pre.load_arrays(tmp_path / "d")
+    data = arr.load_arrays(tmp_path / "d")
     assert not beats.duplicated(["record", "sample"]).any()
     assert len(beats) == 2 * 4 * 19  # every third beat is abnormal; the last beat, which is dropped, is one of them
     assert len(beats) == sum(len(y) for _, y in data.values())
@@ -132,7 +133,7 @@ def test_command_writes_checked_disjoint_balanced_arrays(records, tmp_path, caps
         part = beats[beats["split"] == split]
         assert X.shape == (len(part), 32)
         assert X.dtype == np.float32
-        assert np.abs(X).max() <= pre.CLIP_SD
+        assert np.abs(X).max() <= arr.CLIP_SD
         np.testing.assert_array_equal(y, part["aami"] != "N")
         assert abs(y.mean() - 0.5) < 0.02
         assert description["counts"][split] == {c: int((part["aami"] == c).sum()) for c in "NSVFQ"}
@@ -244,8 +245,8 @@ def test_loading_refuses_bad_arrays(arrays, tmp_path):
             path.write_bytes(content)
         else:
             np.save(path, content, allow_pickle=True)
-        with pytest.raises(common.InputError) as error:
-            pre.load_arrays(tmp_path)
+        with pytest.raises(cli.InputError) as error:
+            arr.load_arrays(tmp_path)
         assert "preprocess_mitbih.py" in str(error.value)
         assert "\n" not in str(error.value)
         return str(error.value)
@@ -253,13 +254,13 @@ def test_loading_refuses_bad_arrays(arrays, tmp_path):
     whole = (arrays / "Arryth_MITBIH_val_X.npy").read_bytes()
     X = np.load(arrays / "Arryth_MITBIH_val_X.npy")
     assert "not found" in broken("val_X", None)
-    assert "whole" in broken("val_X", whole[:1000])
-    assert "whole" in broken("val_X", b"")
-    assert "whole" in broken("val_X", b"PK\x03\x04 something else")
+    assert "truncated" in broken("val_X", whole[:1000])
+    assert "truncated" in broken("val_X", b"")
+    assert "truncated" in broken("val_X", b"PK\x03\x04 something else")
     huge = whole.replace(b"(600, 32), ", b"(10**14, 32), ".replace(b"10**14", b"9" * 14))
     huge = huge[:8] + (int.from_bytes(huge[8:10], "little") + len(huge) - len(whole)).to_bytes(2, "little") + huge[10:]
-    assert "whole" in broken("val_X", huge)
-    assert "whole" in broken("val_y", np.array([{"pickled": 1}], dtype=object))
+    assert "truncated" in broken("val_X", huge)
+    assert "truncated" in broken("val_y", np.array([{"pickled": 1}], dtype=object))
     assert "shape" in broken("val_X", X[:, :31])
     assert "numbers" in broken("val_X", X.astype(str))
     assert "NaN" in broken("val_X", np.where(X[3, 3] == X, np.nan, X))
@@ -274,8 +275,8 @@ def test_loading_notices_arrays_that_dataset_json_does_not_describe(records, tmp
     build(records, folder)
     X = np.load(folder / "Arryth_MITBIH_test_X.npy")
     np.save(folder / "Arryth_MITBIH_test_X.npy", X[:, ::-1])
-    with pytest.raises(common.InputError, match=r"dataset\.json"):
-        pre.load_arrays(folder)
+    with pytest.raises(cli.InputError, match=r"dataset\.json"):
+        arr.load_arrays(folder)
     whole = json.loads((folder / "dataset.json").read_text())
     for damaged in (
         "{",
@@ -286,8 +287,8 @@ def test_loading_notices_arrays_that_dataset_json_does_not_describe(records, tmp
         json.dumps({**whole, "scaler": {**whole["scaler"], "mean": [0.0]}}),
     ):
         (folder / "dataset.json").write_text(damaged)
-        with pytest.raises(common.InputError, match="damaged"):
-            pre.load_arrays(folder)
+        with pytest.raises(cli.InputError, match="damaged"):
+            arr.load_arrays(folder)
 
 
 @pytest.mark.parametrize(
@@ -299,16 +300,16 @@ def test_a_damaged_header_of_an_array_is_one_line(arrays, tmp_path, header):
     header = header.ljust(245) + "\n"
     content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(4096)
     (tmp_path / "Arryth_MITBIH_train_X.npy").write_bytes(content)
-    with pytest.raises(common.InputError, match=r"is no whole \.npy array"):
-        pre.load_arrays(tmp_path)
+    with pytest.raises(cli.InputError, match=r"is truncated or not a valid \.npy array"):
+        arr.load_arrays(tmp_path)
 
 
 def test_arrays_made_elsewhere_are_standardised_with_their_training_part(arrays, tmp_path):
     for path in arrays.iterdir():
         array = np.load(path)
         np.save(tmp_path / path.name, 7 + 3 * array if array.ndim == 2 else array.astype(bool))
-    ours, theirs = pre.load_arrays(arrays), pre.load_arrays(tmp_path)
-    for split in pre.SPLITS:
+    ours, theirs = arr.load_arrays(arrays), arr.load_arrays(tmp_path)
+    for split in arr.SPLITS:
         np.testing.assert_allclose(ours[split][0], theirs[split][0], atol=1e-4)
         np.testing.assert_array_equal(ours[split][1], theirs[split][1])
 
@@ -316,7 +317,7 @@ def test_arrays_made_elsewhere_are_standardised_with_their_training_part(arrays,
 def test_whole_file_leaves_the_old_one_when_writing_fails(tmp_path):
     path = tmp_path / "result.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError), common.whole_file(path) as temporary:
+    with pytest.raises(RuntimeError), cli.whole_file(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old"

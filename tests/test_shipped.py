@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,15 @@ import pytest
 from conftest import ROOT
 
 import preprocess_mitbih as pre
+from fhe_mlp.arrays import SPLITS, load_arrays
 
 SCRIPTS = sorted(p.name for p in ROOT.glob("*.py"))
-MODULES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("fhe_mlp/*.py"))
+MODULES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "fhe_mlp").rglob("*.py"))
 MITDB = Path(os.environ.get("MITDB_DIR", ROOT / "data" / "mitdb"))
 
 
 def test_shipped_arrays_are_the_default_data_set():
-    data = pre.load_arrays(ROOT / "data")
+    data = load_arrays(ROOT / "data")
     beats = pd.read_csv(ROOT / "data" / "beats.csv", dtype=str)
     assert sum(len(y) for _, y in data.values()) == len(beats) == 24_148
     assert not beats.duplicated(["record", "sample"]).any()
@@ -33,7 +35,7 @@ def test_shipped_arrays_are_the_default_data_set():
 def test_shipped_arrays_come_from_the_records(tmp_path):
     pre.main(["--records-dir", str(MITDB), "--data-dir", str(tmp_path), "--no-download"])
     assert (tmp_path / "beats.csv").read_text() == (ROOT / "data" / "beats.csv").read_text()
-    for split in pre.SPLITS:
+    for split in SPLITS:
         for kind in "Xy":
             name = f"Arryth_MITBIH_{split}_{kind}.npy"
             np.testing.assert_allclose(np.load(tmp_path / name), np.load(ROOT / "data" / name), atol=1e-5, rtol=0)
@@ -74,14 +76,17 @@ def test_tensorflow_starts_silently_but_its_warnings_stay(tmp_path):
     assert done.stderr == "W tensorflow/core/x.cc:1] a real warning\n"
 
 
-def test_make_reruns_the_edited_stage_and_what_follows(tmp_path):
-    for name in ("Makefile", "requirements.txt", *SCRIPTS, *MODULES):
+PRODUCTS = ["MLP_model_0.h5", "tf_pruned_model.h5", "dynamic_pruning_results.xlsx", ".onnx.stamp", ".fhe.stamp"]
+STEPS = ["MLP_model_0.py", "TF_pruning.py", "dynamic_pruning_eval.py", "h5_onnx_converter.py", "fhe_experiments.py"]
+
+
+def test_make_reruns_the_edited_stage_and_what_follows_and_nothing_else(tmp_path):
+    for name in ("Makefile", "requirements.txt", "constraints.txt", *SCRIPTS, *MODULES):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dataset.json").write_text("{}")
-    products = [".venv/.ready", "MLP_model_0.h5", "tf_pruned_model.h5", "dynamic_pruning_results.xlsx"]
-    for age, name in enumerate([*products, ".onnx.stamp", ".fhe.stamp"]):
+    for age, name in enumerate([".venv/.ready", *PRODUCTS]):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (2e9 + age, 2e9 + age))
@@ -91,9 +96,27 @@ def test_make_reruns_the_edited_stage_and_what_follows(tmp_path):
         shown = subprocess.run(["make", "-n", *options], cwd=tmp_path, capture_output=True, text=True, check=True)
         return [line.split()[-1] for line in shown.stdout.splitlines() if line.endswith(".py")]
 
-    steps = ["MLP_model_0.py", "TF_pruning.py", "dynamic_pruning_eval.py", "h5_onnx_converter.py", "fhe_experiments.py"]
     assert would_run() == []
-    for number, step in enumerate(steps):
-        assert would_run(step) == steps[number:]
-    assert would_run("data/dataset.json") == would_run("fhe_mlp/common.py") == steps
-    assert would_run("fhe_mlp/quantized_training.py") == steps[2:]
+    for number, step in enumerate(STEPS):
+        assert would_run(step) == STEPS[number:]
+    for numbers in ("data/dataset.json", "fhe_mlp/arrays.py", "fhe_mlp/networks.py"):
+        assert would_run(numbers) == STEPS
+    for numbers in ("quantized", "qat", "neuron_removal"):
+        assert would_run(f"fhe_mlp/{numbers}.py") == STEPS[2:]
+    for looks in ("report", "store", "cluster", "circuit", "configuration"):
+        assert would_run(f"fhe_mlp/{looks}.py") == STEPS[4:]  # which computes only what its database does not have
+    for nothing in ("preprocess_mitbih.py", "fhe_mlp/cli.py", "fhe_mlp/ecg_features.py"):
+        assert would_run(nothing) == []
+
+
+def test_the_library_imports_no_script_and_no_step_imports_another():
+    stems = "|".join(Path(name).stem for name in SCRIPTS)
+    for name in [*MODULES, *SCRIPTS]:
+        assert not re.search(rf"^\s*(from|import) ({stems})\b", (ROOT / name).read_text(), re.M), name
+
+
+def test_every_installed_version_is_pinned():
+    pins = (ROOT / "constraints.txt").read_text()
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        name = re.match(r"([\w-]*)", line)[1]
+        assert not name or re.search(rf"^{name}==", pins, re.M), line

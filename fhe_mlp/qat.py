@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fhe_mlp.arrays import CLIP_SD
 from fhe_mlp.networks import balanced_weights
 from fhe_mlp.quantized import QuantizedLayer, QuantizedNetwork, signed_bits
-from preprocess_mitbih import CLIP_SD
 
 if TYPE_CHECKING:
     import tensorflow as tf
 
 INPUT_BITS = 5  # of the features at least; Concrete ML's own least width of a network's input
-LAST_WEIGHT_BITS = 3  # of the last layer at most: its accumulator is decrypted to the last bit, and wide ones are dear
+LAST_WEIGHT_BITS = (
+    3  # of the last layer at most: its accumulator is decrypted to the last bit, and wide ones are expensive
+)
 LAST_INPUT_BITS = 4  # of the activations that go into it, for the same reason
 BATCH_SIZE = 128  # beats a gradient step
 LEARNING_RATE = 5e-3  # of Adam at the start, falls to 0 along a cosine (2e-3, 5e-3 and 1e-2 tried on validation rows)
@@ -24,7 +26,7 @@ LEARNING_RATE = 5e-3  # of Adam at the start, falls to 0 along a cosine (2e-3, 5
 # leaves half a step once in 2^11 draws.
 ROUNDING_NOISE = 0.14
 RANGE_ROWS = 2000  # training rows that give the accumulators' widths after each epoch; in the end all do
-ROOM = 0.6  # steps that the range penalty keeps free at the ends of the accumulator's range
+ROOM = 0.6  # steps that the range penalty keeps free at both ends of the accumulator's range
 
 
 def straight_through(x: tf.Tensor, rounded: tf.Tensor) -> tf.Tensor:
@@ -34,20 +36,21 @@ def straight_through(x: tf.Tensor, rounded: tf.Tensor) -> tf.Tensor:
     return x + tf.stop_gradient(rounded - x)
 
 
-class Population:
-    """Fake-quantized copies of one float network, one for each (bits, kept bits) in `members`, trained side by side.
+class Ensemble:
+    """Quantization-aware candidates from one float network, one for each (bits, rounding bits) in `members`.
 
-    Side by side is fast: all copies are one tensor with a leading axis (members,). Scales and steps are learned with
-    the weights (LSQ, Esser et al., ICLR 2020), as logarithms. layers: float kernels and biases; X: training rows.
+    They are trained as one batch, which is fast: all are one tensor with a leading axis (members,). Scales and steps
+    are learned with the weights (LSQ, Esser et al., ICLR 2020), as logarithms. layers: float kernels and biases; X:
+    training rows.
     """
 
     def __init__(self, layers: list, members: Sequence[tuple[int, int]], X: np.ndarray, dtype: str = "float32") -> None:
         self.members, self.dtype = list(members), dtype
-        bits, kept = np.array(members).reshape(-1, 2, 1, 1).swapaxes(0, 1)
+        bits, rounding_bits = np.array(members).reshape(-1, 2, 1, 1).swapaxes(0, 1)
         hidden = len(layers) - 1
         self.weight_bits = [bits] * hidden + [np.minimum(bits, LAST_WEIGHT_BITS)]
         self.output_bits = [bits] * (hidden - 1) + [np.minimum(bits, LAST_INPUT_BITS)]
-        self.input_bits, self.kept = np.maximum(bits, INPUT_BITS), kept
+        self.input_bits, self.rounding_bits = np.maximum(bits, INPUT_BITS), rounding_bits
         self.input_step = (CLIP_SD / (2.0 ** (self.input_bits - 1) - 1)).astype(np.float32).astype(dtype)
         self.variables: dict[str, list[tf.Variable]] = {n: [] for n in ("kernel", "bias", "offset", "scale", "step")}
         self.range_bits = []  # accumulator bits that training aims at
@@ -59,7 +62,7 @@ class Population:
             real = x @ kernel
             middle = -bias if last else (real.max(1, keepdims=True) + real.min(1, keepdims=True)) / 2
             if not last:
-                reach = np.abs(real - middle).max(1, keepdims=True) / (1 - ROOM / 2.0 ** (kept - 1))
+                reach = np.abs(real - middle).max(1, keepdims=True) / (1 - ROOM / 2.0 ** (rounding_bits - 1))
                 aim = np.round(np.log2(reach / (step * scale)).mean(2, keepdims=True) + 0.25)
                 scale = np.maximum(scale, reach / (step * 2.0**aim))  # narrower than the range: widened to fill it
                 self.range_bits.append(aim + 1)
@@ -67,7 +70,7 @@ class Population:
                 highest = np.quantile(x, 0.999, axis=(1, 2), keepdims=True)
                 step = np.maximum(highest, 1e-3) / (2.0 ** self.output_bits[index] - 1)
                 self._add("step", np.log(step))
-                self._add("bias", -middle)  # goes into the accumulator and centres its range
+                self._add("bias", -middle)  # added to the accumulator, it centres its range
             self._add("offset", np.broadcast_to(bias + middle if not last else bias, (len(bits), 1, len(bias))))
             self._add("kernel", kernel)
             self._add("scale", np.log(scale))
@@ -89,7 +92,7 @@ class Population:
         return np.take_along_axis(np.array(candidates), np.argmin(errors, axis=0)[None], axis=0)[0]
 
     def forward(self, X: Any, range_bits: list | None = None, noise: float = 0.0) -> tuple[Any, Any, list]:
-        """Logits (members, n) and range penalty (members,) of rows X (n, 32), and each hidden layer's accumulator bits.
+        """Logits (members, n) and range penalty (members,) of rows X (n, features), and hidden accumulators' bits.
 
         The bits (members, 1, 1) are those given. Without any they are what the rows need when nothing is rounded, which
         is how Concrete ML finds the bits that rounding removes, and each neuron's range lies in the middle (`centred`);
@@ -116,9 +119,9 @@ class Population:
                 used.append(1 + tf.reduce_sum(tf.cast(largest >= powers, self.dtype), axis=2, keepdims=True))
             else:
                 used.append(tf.cast(range_bits[index], self.dtype))
-            unit = 2.0 ** tf.maximum(used[index] - self.kept, 0)
-            reach = tf.reduce_max(tf.abs(accumulator), axis=1, keepdims=True) / (unit * 2.0 ** (self.kept - 1))
-            penalty += tf.reduce_mean(tf.nn.relu(reach - (1 - ROOM / 2.0 ** (self.kept - 1))), axis=(1, 2))
+            unit = 2.0 ** tf.maximum(used[index] - self.rounding_bits, 0)
+            reach = tf.reduce_max(tf.abs(accumulator), axis=1, keepdims=True) / (unit * 2.0 ** (self.rounding_bits - 1))
+            penalty += tf.reduce_mean(tf.nn.relu(reach - (1 - ROOM / 2.0 ** (self.rounding_bits - 1))), axis=(1, 2))
             steps = accumulator / unit
             if noise:
                 steps += noise * tf.random.normal(tf.shape(steps), dtype=self.dtype)
@@ -169,24 +172,24 @@ class Population:
             return self.forward(X_val, self.forward(few)[2])[0]
 
         weights, sign = balanced_weights(y_val), 1 - 2 * y_val
-        best, kept = np.full(len(self.members), np.inf), self.state()
+        best, weights_kept = np.full(len(self.members), np.inf), self.state()
         for _ in range(epochs):
             epoch(tf.constant(rng.permutation(len(X))))
             logits = validation_logits().numpy()
             loss = np.mean(np.logaddexp(0, sign * logits) * weights, axis=1)
-            for old, new in zip(kept, self.state()):
+            for old, new in zip(weights_kept, self.state()):
                 old[loss < best] = new[loss < best]
             best = np.minimum(best, loss)
             if progress is not None:
                 progress.update()
-        for variable, value in zip(variables, kept):
+        for variable, value in zip(variables, weights_kept):
             variable.assign(value)
 
     def networks(self, X: np.ndarray) -> list[QuantizedNetwork]:
-        """The members as integers; X: training rows (n, 32), which fix the accumulators' ranges and widths."""
+        """The members as integers; X: training rows (n, features), which fix the accumulators' ranges and widths."""
         v = {name: [variable.numpy() for variable in group] for name, group in self.variables.items()}
         networks = []
-        for m, (bits, kept_bits) in enumerate(self.members):
+        for m, (bits, rounding_bits) in enumerate(self.members):
             layers, step = [], np.float64(self.input_step[m, 0, 0])
             for index, kernel in enumerate(v["kernel"]):
                 hidden = index < len(v["step"])
@@ -210,7 +213,7 @@ class Population:
                     )
                 )
             input_step = float(np.float32(self.input_step[m, 0, 0]))
-            network = QuantizedNetwork(bits, kept_bits, int(self.input_bits[m, 0, 0]), input_step, tuple(layers))
+            network = QuantizedNetwork(bits, rounding_bits, int(self.input_bits[m, 0, 0]), input_step, tuple(layers))
             networks.append(centred(network, X))
         return networks
 
@@ -220,7 +223,7 @@ def centred(network: QuantizedNetwork, X: np.ndarray) -> QuantizedNetwork:
 
     An accumulator that rounds up out of its power-of-two range comes back at the other end when encrypted, and a range
     that lies to one side costs a bit. What the bias loses, the offset after the rounding gains. X: training rows
-    (n, 32); accumulator_bits are what training aimed at, and of the result what these rows need.
+    (n, features); accumulator_bits are what training aimed at, and of the result what these rows need.
     """
     for index, layer in enumerate(network.layers[:-1]):
         step = network.layers[index - 1].output_step if index else network.input_step

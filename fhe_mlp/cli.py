@@ -1,18 +1,14 @@
-"""What all the scripts share: errors, the command line, whole files, workbooks, pictures, facts of the machine."""
+"""What every command needs: its parser, one-line errors and exit statuses, whole files, facts of the machine."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import ctypes
-import fcntl
 import hashlib
-import io
 import json
-import math
 import os
 import platform
-import re
 import signal
 import sys
 import tempfile
@@ -23,30 +19,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import pandas as pd
-
-matplotlib.use("Agg")  # pictures go to files; no window, no display needed
-
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 42
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 PATIENCE = 2.0  # seconds that an interrupted child has to end by itself
 POLL_SECONDS = 0.1
-WORKBOOK_BYTES = 200_000  # that a run needs at least
+SPACE_BYTES = 200_000  # that a run needs at least on the disk
 PR_SET_PDEATHSIG = 1  # of prctl(2): which signal a process gets when its parent dies
-WIDEST_COLUMN = 60  # characters of a workbook's column; longer text is wrapped
-LINE_POINTS = 15  # height of a line
-PAGE_CHARACTERS = 200  # of a workbook's row on one printed page; more take another page, with the first column again
-HEADER_COLOUR = "1F4E79"  # of workbooks
-NUMBER_FORMATS = {  # of workbook columns, by a part of their name
-    "accuracy|^output_[cf]": "0.0000",
-    "^perc_": "0.0",
-    "complexity|^p_": "0.00E+00",
-    "_time$|seconds|_ms$|_MB$|_kB$": "0.000",
-    r"^\d bits$": "0.0000",
-    "times_cheaper": "#,##0",
-}
 
 
 class InputError(Exception):
@@ -98,11 +77,12 @@ def run_and_leave(main: Callable[[], None], say: str) -> None:
     os._exit(status or 0)
 
 
-def run_in_child(main: Callable[[], None], say: str) -> None:
+def run_in_child(main: Callable[[], None], say: str, rescue: Callable[[], None]) -> None:
     """`run_and_leave` in a child process, so that Ctrl-C ends it within seconds, with one line that ends in `say`.
 
     While it compiles, makes keys or computes, Concrete holds the interpreter, up to minutes, and answers SIGINT with
-    SIGKILL of its own process (SignalGuard in its Python bindings), so that this process could not say anything.
+    SIGKILL of its own process (SignalGuard in its Python bindings), so that this process could not print anything.
+    rescue: called here after a run that was interrupted or killed; it shows what that run left on the disk.
     """
     received = []
     signal.signal(signal.SIGINT, lambda *_: received.append(time.monotonic()))
@@ -116,16 +96,14 @@ def run_in_child(main: Callable[[], None], say: str) -> None:
         if received and time.monotonic() - received[0] > PATIENCE:
             os.kill(child, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(ended[1])
-    if status == INTERRUPTED:  # it has spoken itself
-        sys.exit(INTERRUPTED)
-    if received:
-        print(f"\n{Path(sys.argv[0]).name}: interrupted; {say}", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    if status < 0:  # as the kernel does when memory runs out
-        what = f"ended by {signal.Signals(-status).name}"
+    if not received and 0 <= status != INTERRUPTED:
+        sys.exit(status)
+    if status != INTERRUPTED:  # else the child has printed the line itself
+        what = "interrupted" if received else f"ended by {signal.Signals(-status).name}"  # as when memory runs out
         print(f"\n{Path(sys.argv[0]).name}: {what}; {say}", file=sys.stderr)
-        sys.exit(128 - status)
-    sys.exit(status)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    run(rescue)
+    sys.exit(INTERRUPTED if received or status == INTERRUPTED else 128 - status)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -149,7 +127,7 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
 def natural_int(text: str) -> int:
     """argparse type: a whole number from 0 to 2^32 - 1, what NumPy and TensorFlow take as a seed."""
     if not (text.isdecimal() and int(text) < 2**32):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to 4294967295")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 4294967295")
     return int(text)
 
 
@@ -160,13 +138,13 @@ def positive_float(text: str) -> float:
             return float(text)
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
 
 
 def positive_int(text: str) -> int:
     """argparse type: a whole number above zero."""
     if not (text.isdecimal() and 0 < int(text) < 2**31):
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
 
 
@@ -193,23 +171,12 @@ def whole_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def only_run_in(folder: Path) -> Iterator[None]:
-    """Keep out of `folder` a second run, which would overwrite the first one's results: it gets an InputError."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another run writes here; wait for it or name another --workdir") from None
-        yield
-
-
 def check_writable(folder: Path) -> None:
-    """Make `folder` and try it, before hours of work. Raises InputError when a workbook could not be written there."""
+    """Make `folder` and try it, before hours of work. Raises InputError when nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(WORKBOOK_BYTES))
+            file.write(bytes(SPACE_BYTES))
     except OSError as error:
         raise unwritable(folder, error) from None
 
@@ -230,18 +197,6 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Add a grid to every axis and write the figure as a PNG, whole."""
-    import matplotlib.pyplot as plt
-
-    for axis in figure.axes:
-        axis.grid(True, alpha=0.3)
-    figure.tight_layout()
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-    plt.close(figure)
-
-
 def machine_facts() -> dict[str, Any]:
     """Processor, cores and versions, for the settings sheets."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -256,50 +211,3 @@ def machine_facts() -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
     }
-
-
-def write_workbook(path: Path, sheets: dict[str, pd.DataFrame]) -> None:
-    """Write tables to an .xlsx file, whole, fit to be read and printed.
-
-    Frozen coloured header, fitted widths, number formats by kind of column, landscape pages of legible width.
-    """
-    from openpyxl.styles import Alignment, Font, PatternFill
-
-    content = io.BytesIO()
-    with pd.ExcelWriter(content, engine="openpyxl") as writer:
-        for title, table in sheets.items():
-            table.to_excel(writer, sheet_name=title, index=False)
-            sheet = writer.sheets[title]
-            sheet.freeze_panes = "B2"
-            sheet.auto_filter.ref = sheet.dimensions
-            sheet.print_title_rows, sheet.print_title_cols = "1:1", "A:A"
-            sheet.page_setup.orientation, sheet.page_setup.paperSize = "landscape", sheet.PAPERSIZE_A4
-            sheet.page_setup.fitToHeight = 0  # as many pages as it takes
-            sheet.sheet_properties.pageSetUpPr.fitToPage = True
-            characters = 0
-            for column in sheet.columns:
-                header = column[0]
-                header.font, header.fill = Font(bold=True, color="FFFFFF"), PatternFill("solid", fgColor=HEADER_COLOUR)
-                name = str(header.value)
-                number_format = next(
-                    (f for pattern, f in NUMBER_FORMATS.items() if re.search(pattern, name)), "General"
-                )
-                for cell in column[1:]:
-                    cell.number_format = number_format
-                    cell.alignment = Alignment(wrap_text=True, vertical="top")
-                    if isinstance(cell.value, str):  # apart from a number to its left
-                        cell.alignment = Alignment(wrap_text=True, vertical="top", horizontal="left", indent=1)
-                longest = max(
-                    (len(f"{c.value:.4g}" if isinstance(c.value, float) else str(c.value)) for c in column[1:]),
-                    default=0,
-                )
-                width = max(longest, len(name) + 2)  # the filter's arrow needs room
-                sheet.column_dimensions[header.column_letter].width = min(WIDEST_COLUMN, width + 2)
-                characters += min(WIDEST_COLUMN, width + 2)
-            for row in sheet.iter_rows(min_row=2):
-                lines = max(math.ceil(len(str(cell.value)) / WIDEST_COLUMN) for cell in row)
-                if lines > 1:  # LibreOffice would let wrapped lines overlap
-                    sheet.row_dimensions[row[0].row].height = LINE_POINTS * lines
-            sheet.page_setup.fitToWidth = math.ceil(characters / PAGE_CHARACTERS)
-    with whole_file(path) as temporary:
-        temporary.write_bytes(content.getvalue())

@@ -1,0 +1,134 @@
+"""The arrays that steps 1 to 5 read: checked loading, scaling, and the names of their columns.
+
+A data set is six files Arryth_MITBIH_{train,val,test}_{X,y}.npy of any number of columns in one folder. Beside them,
+dataset.json describes what preprocess_mitbih.py made; arrays made elsewhere come without it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fhe_mlp.cli import InputError, first_line, sha256
+
+SPLITS = ("train", "val", "test")
+BEATS = "beats.csv"  # which beat each row of the arrays is, in their order; only beside dataset.json
+DESCRIPTION = "dataset.json"  # of the folder: recipe, features, scaler, checksums
+REMEDY = "make it with: python preprocess_mitbih.py --data-dir {}"
+CLIP_SD = 3.0  # standard deviations; artefacts of 20 sd would waste the few bits of the encrypted network
+Arrays = dict[str, tuple[np.ndarray, np.ndarray]]  # X and y of each of SPLITS, as load_arrays gives them
+
+
+def array_name(split: str, kind: str) -> str:
+    """File name of an array; split: of SPLITS; kind: "X" or "y"."""
+    return f"Arryth_MITBIH_{split}_{kind}.npy"
+
+
+def fit_scaler(X: np.ndarray) -> dict[str, Any]:
+    """Mean and standard deviation of each column of the training part X (n, features), and the clip in deviations."""
+    sd = X.std(axis=0, dtype=np.float64)
+    return {
+        "mean": X.mean(axis=0, dtype=np.float64).tolist(),
+        "sd": np.where(sd > 0, sd, 1.0).tolist(),
+        "clip_sd": CLIP_SD,
+    }
+
+
+def apply_scaler(X: np.ndarray, scaler: dict[str, Any]) -> np.ndarray:
+    """Standardised and clipped features, float32, of rows (n, features) or of one new row."""
+    z = (X - np.array(scaler["mean"])) / np.array(scaler["sd"])
+    return np.clip(z, -scaler["clip_sd"], scaler["clip_sd"]).astype(np.float32)
+
+
+def read_array(path: Path, remedy: str) -> np.ndarray:
+    """A .npy file of finite numbers. Raises InputError, which ends in `remedy`, for anything else."""
+    try:
+        with path.open("rb") as file:  # np.load would also take archives and pickles
+            array = np.lib.format.read_array(file, allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found; {remedy}") from None
+    except Exception as error:  # the parser of NumPy's header raises a dozen unrelated types
+        raise InputError(f"{path}: is truncated or not a valid .npy array ({first_line(error)}); {remedy}") from None
+    if array.dtype.kind not in "fiub":
+        raise InputError(f"{path}: holds no numbers; {remedy}")
+    with np.errstate(over="ignore"):
+        if not np.isfinite(array.astype(np.float32)).all():
+            raise InputError(f"{path}: holds NaN, infinity or numbers over 3e38; {remedy}")
+    return array
+
+
+def load_arrays(data_dir: Path) -> Arrays:
+    """{"train", "val", "test": (X (n, features) float32, y (n,) int64 of 0 and 1)}, checked.
+
+    With dataset.json the arrays are already scaled and must have its checksums. Arrays made elsewhere come without it:
+    they are standardised and clipped here with the statistics of their training part.
+    Raises InputError for a missing, truncated, wrong-shaped, NaN-holding or foreign file.
+    """
+    remedy = REMEDY.format(data_dir)
+    arrays = {}
+    for split in SPLITS:
+        X, y = (read_array(data_dir / array_name(split, kind), remedy) for kind in "Xy")
+        path = data_dir / array_name(split, "X")
+        width = arrays["train"][0].shape[1:] if arrays else X.shape[1:]
+        if X.ndim != 2 or X.shape[1:] != width or not X.size:
+            expected = f"(rows, {width[0]})" if arrays else "(rows, features)"
+            raise InputError(f"{path}: shape {X.shape}, expected {expected}; {remedy}")
+        path = data_dir / array_name(split, "y")
+        if y.ndim != 1 or set(np.unique(y)) != {0, 1}:
+            raise InputError(f"{path}: labels must be 0 and 1, both present, in one dimension; {remedy}")
+        if len(X) != len(y):
+            raise InputError(f"{data_dir}: {split} X and y differ in length; {remedy}")
+        arrays[split] = X, y
+    if (data_dir / DESCRIPTION).exists():
+        for name, expected in load_description(data_dir)["sha256"].items():
+            if not (data_dir / name).exists() or sha256(data_dir / name) != expected:
+                raise InputError(f"{data_dir / name}: is not the file that {DESCRIPTION} describes; {remedy}")
+        if len(load_description(data_dir)["scaler"]["mean"]) != arrays["train"][0].shape[1]:
+            raise InputError(f"{data_dir / DESCRIPTION}: describes another number of features; {remedy}")
+    else:
+        scaler = fit_scaler(arrays["train"][0])
+        print(f"{data_dir} has no {DESCRIPTION}: standardised with its training part, clipped to {CLIP_SD:g} sd")
+        arrays = {split: (apply_scaler(X, scaler), y) for split, (X, y) in arrays.items()}
+    return {split: (X.astype(np.float32), y.astype(np.int64)) for split, (X, y) in arrays.items()}
+
+
+def load_scaler(data_dir: Path) -> dict[str, Any]:
+    """The scaler of load_arrays: dataset.json's or, without it, one fitted to the training part."""
+    if (data_dir / DESCRIPTION).exists():
+        return load_description(data_dir)["scaler"]
+    return fit_scaler(read_array(data_dir / array_name("train", "X"), REMEDY.format(data_dir)))
+
+
+def feature_table(data_dir: Path, width: int) -> list[dict[str, str]]:
+    """Name, unit and formula of each of `width` columns: of dataset.json or, without it, feature_0 and so on."""
+    if (data_dir / DESCRIPTION).exists():
+        return load_description(data_dir)["features"]
+    return [{"name": f"feature_{k}", "unit": "?", "formula": f"column {k} of the arrays"} for k in range(width)]
+
+
+def beats_of(data_dir: Path) -> pd.DataFrame | None:
+    """Split, record, sample, symbol and AAMI class of each row that load_arrays gives, or None for arrays without."""
+    if not (data_dir / DESCRIPTION).exists() or BEATS not in load_description(data_dir)["sha256"]:
+        return None
+    return pd.read_csv(data_dir / BEATS, dtype=str, keep_default_na=False)
+
+
+def load_description(data_dir: Path) -> dict[str, Any]:
+    """dataset.json as preprocess_mitbih.py writes it. Raises InputError when it is damaged."""
+    path = data_dir / DESCRIPTION
+    try:
+        description = json.loads(path.read_text())
+        if not {array_name(split, kind) for split in SPLITS for kind in "Xy"} <= set(dict(description["sha256"])):
+            raise ValueError
+        scaler, names = description["scaler"], [feature["name"] for feature in description["features"]]
+        if not np.isfinite([*scaler["mean"], *scaler["sd"], scaler["clip_sd"]]).all() or min(scaler["sd"]) <= 0:
+            raise ValueError
+        if not len(scaler["mean"]) == len(scaler["sd"]) == len(names) == len(set(names)):
+            raise ValueError
+        return description
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise InputError(f"{path}: damaged; {REMEDY.format(data_dir)}") from None

@@ -1,0 +1,80 @@
+"""What a hospital and a server need to use one compiled network, written into a new folder.
+
+client.py, server.py and boxes.py run there and import nothing of this package.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fhe_mlp.cli import InputError, sha256
+
+if TYPE_CHECKING:
+    from concrete.ml.quantization import QuantizedModule
+
+HERE = Path(__file__).parent
+
+
+def check_new(folder: Path) -> None:
+    """Raises InputError when `folder` is there already or cannot be made."""
+    if folder.exists() or folder.is_symlink():
+        raise InputError(f"{folder}: is there already; name a new folder with --export")
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise InputError(f"{folder}: {parent} cannot be written; name another folder with --export")
+
+
+def export(module: QuantizedModule, model: dict[str, Any], X: np.ndarray, folder: Path) -> None:
+    """Write client/, server/ and README.md into the new `folder`, all or nothing.
+
+    module: compiled. model: what model.json tells the client: name, output ("logit" or "probability"), threshold,
+    p_error, security_bits, test_accuracy, test_rows, complexity, pbs, features (a list of name, unit and formula) and
+    scaler (mean and sd of each feature, clip_sd). X: scaled rows (n, features) for example_beats.csv; what was
+    clipped stays so. Raises InputError when `folder` is there already.
+    """
+    from concrete.ml.deployment import FHEModelDev
+
+    check_new(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        whole = Path(temporary) / "whole"
+        client, server = whole / "client", whole / "server"
+        FHEModelDev(str(client), module).save()
+        server.mkdir()
+        shutil.move(client / "server.zip", server)
+        model = {"model": sha256(server / "server.zip"), **model}
+        (client / "model.json").write_text(json.dumps(model, indent=1) + "\n")
+        with (client / "example_beats.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(feature["name"] for feature in model["features"])
+            writer.writerows((X * np.array(model["scaler"]["sd"]) + np.array(model["scaler"]["mean"])).tolist())
+        readme = Template((HERE / "README.md").read_text(encoding="utf-8")).substitute(
+            name=model["name"],
+            accuracy=f"{model['test_accuracy']:.2%}",
+            rows=f"{model['test_rows']:,}",
+            complexity=f"{model['complexity']:.3g}",
+            pbs=f"{model['pbs']:,}",
+            features=len(model["features"]),
+            security=model["security_bits"],
+            p_error=f"{model['p_error']:.3g}",
+            p_any_pbs_off=f"{1 - (1 - model['p_error']) ** model['pbs']:.2g}",
+            python=".".join(platform.python_version_tuple()[:2]),
+        )
+        (whole / "README.md").write_text(readme, encoding="utf-8")
+        for side in (client, server):
+            (side / "README.md").write_text(readme, encoding="utf-8")
+            (side / "requirements.txt").write_text(f"concrete-ml=={version('concrete-ml')}\n")
+            for name in (f"{side.name}.py", "boxes.py"):
+                shutil.copy(HERE / name, side)
+        whole.replace(folder)

@@ -1,0 +1,145 @@
+"""What client.py and server.py share: the files that travel between them, refusals, and the end of a command.
+
+A box is an uncompressed .zip: payloads 000000.bin, 000001.bin, ..., and header.json with their count, what they are,
+and which model and which keys they are for. A box comes from somebody else: the names in it are never used as paths,
+and nothing is read before its size is known to fit into the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import sys
+import traceback
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+BOX_VERSION = 1  # of the layout of a box
+HEADER_BYTES = 10_000  # of header.json at most; ours has about 120
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+
+
+class Refusal(Exception):
+    """What was given cannot be used; the message names the file, what is wrong and what to do."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says in one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, which may be larger than memory, as a hexadecimal string."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def same(what: str, path: Path, given: str, wanted: str, remedy: str) -> None:
+    """Raises Refusal unless both are the same."""
+    if given != wanted:
+        raise Refusal(f"{path}: is for {what} {given}, here is {what} {wanted}; {remedy}")
+
+
+def check_output(output: Path, inputs: Sequence[Path]) -> None:
+    """Raises Refusal when writing `output` would change one of `inputs`, files or folders."""
+    target = output.resolve()
+    for path in inputs:
+        if path.resolve() in (target, *target.parents):
+            raise Refusal(f"{output}: writing it would overwrite {path}; name another --output")
+
+
+def write_box(path: Path, kind: str, model: str, key: str, payloads: Iterable[bytes]) -> None:
+    """Write a box, whole or not at all. Payloads are written as they come, so that they need not fit into memory."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    count = 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as box:
+            for payload in payloads:
+                box.writestr(f"{count:06d}.bin", payload)
+                count += 1
+            header = {"kind": kind, "version": BOX_VERSION, "model": model, "key": key, "count": count}
+            box.writestr("header.json", json.dumps(header))
+        temporary.replace(path)
+    except OSError as error:
+        raise Refusal(f"{path}: cannot be written ({error.strerror or first_line(error)})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    print(f"wrote {path} ({kind}: {count}, {path.stat().st_size / 1e6:.2f} MB)")
+
+
+def read_box(path: Path, kind: str) -> tuple[dict[str, Any], list[bytes]]:
+    """Header and payloads of a box, in memory of about the file's size.
+
+    Raises Refusal for a damaged box or one of another kind, OSError for a file that cannot be opened.
+    """
+    with path.open("rb") as file:
+        try:
+            with zipfile.ZipFile(file) as box:
+                entries = box.infolist()
+                if any(e.compress_type != zipfile.ZIP_STORED or e.file_size != e.compress_size for e in entries):
+                    raise ValueError("it is compressed")
+                # In sum, since entries may also claim the same bytes many times over.
+                if sum(entry.file_size for entry in entries) > path.stat().st_size:
+                    raise ValueError("its entries claim to be larger than the file")
+                if box.getinfo("header.json").file_size > HEADER_BYTES:
+                    raise ValueError("its header is too long")
+                header = json.loads(box.read("header.json"))
+                found, count = (header["kind"], header["version"]), header["count"]
+                if type(count) is not int or not 0 < count == len(entries) - 1:
+                    raise ValueError("its header counts other entries than there are")
+                if not all(re.fullmatch("[0-9a-f]{1,64}", header[name]) for name in ("model", "key")):
+                    raise ValueError("its header names no model and keys")
+                if found == (kind, BOX_VERSION):
+                    return header, [box.read(f"{number:06d}.bin") for number in range(count)]
+        except Exception as error:  # zipfile and json raise a dozen unrelated types on damaged files
+            raise Refusal(f"{path}: is truncated or damaged ({first_line(error)}); have it sent again") from None
+    what = f"{str(found[0])[:40]!r}, version {str(found[1])[:10]!r}"
+    raise Refusal(f"{path}: holds {what}; wanted here are {kind!r}, version '{BOX_VERSION}'")
+
+
+@contextlib.contextmanager
+def without_log() -> Iterator[None]:
+    """Keep Concrete's C++ libraries from printing a stack trace, up to 100,000 lines, for bytes that they refuse."""
+    kept = os.dup(2)
+    with Path(os.devnull).open("w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Call `main` as a command: what cannot be used is one line and exit status 2.
+
+    Leaves by os._exit: Concrete's runtime, once it has started, would end the process with status 0 in any case.
+    """
+    name, status = Path(sys.argv[0]).name, 0
+    try:
+        main()
+        sys.stdout.flush()
+    except Refusal as refusal:
+        print(f"{name}: {refusal}", file=sys.stderr)
+        status = 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{name}: {where}{error.strerror or first_line(error)}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        status = INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    os._exit(status)

@@ -1,0 +1,105 @@
+"""Workbooks and pictures: what they show."""
+
+from __future__ import annotations
+
+import openpyxl
+import pandas as pd
+import pytest
+
+from fhe_mlp import report
+
+
+def run(identity, batch, seconds=1.0, right=1):
+    facts = {"identity": identity, "batch": batch, "label": 1, "decision_fhe": right, "decision_clear": 1}
+    facts |= {"output_fhe": 1.0, "output_clear": 1.0, "encrypt_seconds": 0.0, "decrypt_seconds": 0.0}
+    return facts | {"input_bytes": 1000, "output_bytes": 1, "run_seconds": seconds}
+
+
+def configuration(name, batch=0, **facts):
+    base = {"model_name": name, "q_bits": 3, "identity": name, "status": "ok", "complexity": 1e9, "cores": 2}
+    base |= {"accuracy_clear_validation": 0.9, "accuracy_clear_test_set": 0.9, "test_set_rows": 10, "processor": "fast"}
+    return {**base, "batch": batch, **facts}
+
+
+def test_front_holds_what_nothing_of_lower_or_the_same_cost_equals():
+    cost = pd.Series([1.0, 2, 2, 3, 4, 5], index=list("abcdef"))
+    accuracy = pd.Series([0.9, 0.95, 0.96, 0.96, 0.93, 0.99], index=list("abcdef"))
+    assert list(report.pareto(cost, accuracy)[lambda on: on].index) == ["a", "c", "f"]
+
+
+def test_wilson_interval_and_medians():
+    runs = pd.DataFrame([run("a", 0, s, r) for s, r in ((1.0, 1), (2, 1), (3, 1), (10, 0))])
+    runs["output_fhe"] = [1.0, 1, 1, -1]
+    row = report.encrypted_columns(runs)
+    assert row["accuracy_fhe"] == 0.75
+    assert row["accuracy_fhe_low95"] == pytest.approx(0.3006, abs=1e-4)
+    assert row["accuracy_fhe_high95"] == pytest.approx(0.9544, abs=1e-4)
+    assert row["decisions_equal_clear"] == row["outputs_equal_clear"] == 3
+    assert (row["run_seconds"], row["fhe_time"], row["input_ciphertext_kB"]) == (2.5, 16, 1)
+
+
+def test_times_of_unlike_machines_are_not_averaged():
+    rows = pd.DataFrame([configuration("m", b, processor=p) for b, p in enumerate(("fast", "fast", "slow"))])
+    predictions = pd.DataFrame([run("m", b, s) for b, s in ((0, 1.0), (1, 2.0), (2, 9.0))])
+    summary = report.summarize(rows, predictions, 1e12).set_index("processor")
+    assert summary["run_seconds"].to_dict() == {"fast": 1.5, "slow": 9}
+    assert list(summary["n"]) == [2, 1]
+    assert summary["on_front"].all()
+    assert (summary["complexity_ratio_default_ptq"] == 1000).all()
+    seconds = report.pivots(summary.reset_index())["seconds by bits"]
+    assert seconds[["processor", "3 bits"]].to_numpy().tolist() == [["fast", 1.5], ["slow", 9]]
+
+
+def test_a_configuration_that_failed_everywhere_is_in_the_summary():
+    rows = pd.DataFrame([{"identity": "a", "batch": 0, "model_name": "m", "q_bits": 2, "status": "failed"}])
+    summary = report.summarize(rows, pd.DataFrame(columns=["identity", "batch"]), float("nan"))
+    assert summary[["model_name", "status"]].to_numpy().tolist() == [["m", "failed"]]
+    assert not summary["on_front"].any()
+
+
+NAMES = ["NA", "null", "007", "1e3", "=1+1", "a\x01b", "@x", " ", "-1"]
+
+
+def test_names_stay_the_text_they_are(tmp_path):
+    rows = pd.DataFrame([configuration(name, reason="=cmd()") for name in NAMES])
+    report.write_batch(tmp_path / "b.xlsx", rows, pd.DataFrame(columns=["identity"]), {"=2": "=3"})
+    book = openpyxl.load_workbook(tmp_path / "b.xlsx")
+    cells = [row[0] for row in book["results"].iter_rows(min_row=2)]
+    assert [cell.value for cell in cells] == [name.replace("\x01", "?") for name in NAMES]
+    assert "f" not in {cell.data_type for sheet in book for row in sheet.iter_rows() for cell in row}  # no formula
+
+
+def test_a_workbook_is_fit_to_be_read_and_printed(tmp_path):
+    table = pd.DataFrame({"model_name": ["m", "n"], "accuracy_fhe": [0.98765, None], "complexity": [2.5e9, 3e9]})
+    table["reason"] = ["x" * 150, ""]
+    report.write_workbook(tmp_path / "w.xlsx", {"one": table, "empty": table[:0]})
+    sheet = openpyxl.load_workbook(tmp_path / "w.xlsx")["one"]
+    assert sheet.freeze_panes == "B2"
+    assert [sheet.cell(2, k).number_format for k in (2, 3)] == ["0.0000", "0.00E+00"]
+    assert sheet.row_dimensions[2].height == 3 * report.LINE_POINTS  # 150 characters in lines of 60
+    assert sheet.page_setup.orientation == "landscape"
+    assert list(tmp_path.iterdir()) == [tmp_path / "w.xlsx"]
+
+
+def test_the_picture_draws_accuracies_where_they_are(tmp_path, monkeypatch):
+    summary = report.summarize(
+        pd.DataFrame(
+            [configuration("m", accuracy_clear_test_set=0.998), configuration("n", accuracy_clear_test_set=1.0)]
+        ),
+        pd.DataFrame([run("m", 0), run("n", 0)]),
+        float("nan"),
+    )
+    others = pd.DataFrame(
+        [{"name": "other", "kind": "CKKS", "accuracy": 0.97, "complexity": None, "seconds": 0.5}],
+        columns=report.COMPARISON_COLUMNS,
+    )
+    drawn = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: drawn.append(figure))
+    report.plot_frontier(summary, others, tmp_path / "f.png")
+    left, right = drawn[0].axes
+    heights = [y for points in left.collections for y in points.get_offsets()[:, 1]]
+    assert sorted(heights) == [0.998, report.DRAWN[1]]
+    assert 0.97 in [y for points in right.collections for y in points.get_offsets()[:, 1]]
+    low, high = right.get_ylim()
+    assert low < 0.97
+    assert high > report.DRAWN[1]
