@@ -47,7 +47,7 @@ def quiet_tensorflow() -> Iterator[None]:
 
 def start_tensorflow(seed: int) -> Any:
     """Import tf_keras, seeded and deterministic, without TensorFlow's start-up messages; its later warnings stay."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # no INFO from C++
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # from C++ only what ends the process; errors are exceptions too
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # networks this small are faster, and repeatable, on the CPU
     print("starting TensorFlow ...", flush=True)
     with quiet_tensorflow():
