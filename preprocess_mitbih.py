@@ -4,13 +4,15 @@ Reads   WFDB records (.hea, .dat, .atr) from --records-dir; missing ones are dow
 Writes  to --data-dir: Arryth_MITBIH_{train,val,test}_{X,y}.npy (float32), beats.csv (which beat each row
         is) and dataset.json (recipe, counts, features, scaler, checksums).
 Run     python preprocess_mitbih.py
-        python preprocess_mitbih.py --abnormal S V F --exclude-paced --per-class all   (the published arrays)
+        python preprocess_mitbih.py --features published --abnormal S V F --exclude-paced --per-class all
+                                                                                       (the published arrays)
         python preprocess_mitbih.py --abnormal S V F --split inter-patient             (unseen patients)
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -27,6 +29,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fhe_mlp import ecg_features
 from fhe_mlp.arrays import BEATS, DESCRIPTION, SPLITS, apply_scaler, array_name, fit_scaler
 from fhe_mlp.cli import (
     ROOT,
@@ -39,64 +42,212 @@ from fhe_mlp.cli import (
     sha256,
     whole_file,
 )
-from fhe_mlp.ecg_features import FEATURES, MIN_FS_HZ, beat_features
+from fhe_mlp.ecg_features import (
+    EXPECTED_LEADS,
+    MIN_FS_HZ,
+    are_expected,
+    choose_leads,
+    lead_name,
+    rr_known,
+    single_beats,
+)
 
+FEATURE_SETS = {  # by name: what computes the columns, and their table
+    "relative": (ecg_features.beat_features, ecg_features.FEATURES),
+    "published": (ecg_features.published_features, ecg_features.PUBLISHED),
+}
 DATABASE = "mitdb/1.0.0"  # PhysioNet name and version, for the download
 DOWNLOAD_ATTEMPTS = 3  # tries a file before giving up; finished files are kept
 BEATS_PER_CLASS = 12_074  # the methodology's 24,148 beats are 2 x 12,074
 TEST_SHARE, VAL_SHARE = 0.30, 0.20  # of all beats; of the beats that are left (as published)
 
-# Beat symbols by class, ANSI/AAMI EC57; other annotation symbols mark no beat.
-AAMI_CLASSES = {"N": "NLRej", "S": "AaJS", "V": "VE", "F": "F", "Q": "/fQ"}
+# WFDB's beat annotations (https://archive.physionet.org/physiobank/annotations.shtml) in the classes that WFDB's own
+# EC57 evaluation gives them (bxb.c): escape beats e, j, n are N, r is V, ? (learning) is Q. wfdb's is_qrs counts
+# flutter waves (!) too, which are no beats there or in EC57.
+AAMI_CLASSES = {"N": "NLRBejn", "S": "AaJS", "V": "VEr", "F": "F", "Q": "/fQ?"}
 CLASS_OF_SYMBOL = {symbol: name for name, symbols in AAMI_CLASSES.items() for symbol in symbols}
 PACED = "/"  # EC57 leaves records with paced beats out of algorithm scoring
 # Inter-patient split of de Chazal, O'Dwyer & Reilly, IEEE Trans. Biomed. Eng. 51(7):1196-1206, 2004.
 DS1 = "101 106 108 109 112 114 115 116 118 119 122 124 201 203 205 207 208 209 215 220 223 230".split()
 DS2 = "100 103 105 111 113 117 121 123 200 202 210 212 213 214 219 221 222 228 231 232 233 234".split()
 
+MITDB = {*DS1, *DS2, "102", "104", "107", "217"}  # the records that DATABASE holds; the last four are paced
+
+MILLIVOLTS = {"nv": 1e-6, "uv": 1e-3, "mv": 1.0, "v": 1e3}  # of the units of voltage that a lead may have
+OUTSIDE_BEATS, OUTSIDE_SHARE = 3, 0.01  # most beats that may lie outside the signal, whichever is more
+HEADER_BYTES = 1_000_000  # no header is longer
+SAMPLES_PER_BYTE, SPARE_SAMPLES = 16, 10_000_000  # that a header may claim: of compressed files; of gaps in segments
+
 LICENCE = "Open Data Commons Attribution License v1.0"
 SOURCE = "MIT-BIH Arrhythmia Database 1.0.0, PhysioNet, doi:10.13026/C2F305"
 
 
 # -------------------------------------------------------------------------------------------------- records to features
-def read_record(path: str) -> dict[str, Any]:
-    """One record as {"record", "beats": table of usable beats, "X": (m, 32), "dropped", "skipped": reason or None}.
+class Unsuited(Exception):
+    """The record can be read but not used; the message follows "it"."""
 
-    A record that cannot be used (one lead, no beat annotations, flat or missing signal) has a reason and no beats;
-    one that cannot be read (truncated, not WFDB) raises InputError.
+
+def check_claims(folder: Path, header: Any, segments: list[Any]) -> None:
+    """Raise ValueError when a header (wfdb.rdheader's) contradicts itself or claims more than its files can hold."""
+    first = segments[0]
+    if header.n_sig != len(first.sig_name):
+        raise ValueError(f"its .hea announces {header.n_sig} signals and describes {len(first.sig_name)}")
+    for segment in segments[1:]:
+        known = list(zip(first.sig_name, first.units, first.samps_per_frame))
+        signals = list(zip(segment.sig_name, segment.units, segment.samps_per_frame))
+        same = set(signals) <= set(known) if header.layout == "variable" else signals == known
+        if not same or segment.fs != header.fs:
+            raise ValueError("its segments hold other signals, units or sampling rates")
+    held = sum((folder / f).stat().st_size for f in {f for s in segments for f in s.file_name} - {"~"})
+    lengths = [((s.sig_len or 0) + max(k or 0 for k in s.skew), s) for s in segments] + [(header.sig_len or 0, first)]
+    if max(n * sum(k or 1 for k in s.samps_per_frame) for n, s in lengths) > SAMPLES_PER_BYTE * held + SPARE_SAMPLES:
+        raise ValueError("its .hea claims more samples than its files can hold")
+
+
+def read_signal(path: str) -> tuple[np.ndarray, float, list[str]]:
+    """The two leads of a WFDB record in mV, (samples, 2) in choose_leads' order, their sampling rate (Hz) and names.
+
+    ECG signals are those in a unit of voltage whose names are not another kind's in wfdb's table. Leads with several
+    samples a frame come at their own rate; of two rates, at the highest that divides both. Of leads with the same name,
+    the one with the more upright QRS complexes is first. Raises Unsuited, or what wfdb raises on a damaged file.
+    """
+    import wfdb
+    from scipy.stats import skew
+
+    if Path(f"{path}.hea").stat().st_size > HEADER_BYTES:
+        raise ValueError("its .hea is longer than any header")
+    header = wfdb.rdheader(path, rd_segments=True)
+    segments = [s for s in getattr(header, "segments", [header]) if s is not None]
+    if not header.n_sig:
+        raise Unsuited("has no signals")
+    check_claims(Path(path).parent, header, segments)
+
+    table = wfdb.io.record.SIGNAL_CLASSES.drop(["ecg", "unknown"])
+    other = set(table["signal_names"].sum())
+    names = [name or "" for name in segments[0].sig_name]
+    units = segments[0].units
+    ecg = [
+        k
+        for k, (name, unit) in enumerate(zip(names, units))
+        if unit.lower() in MILLIVOLTS and not other & set(re.findall("[a-z]+", name.lower()))
+    ]
+    if len(ecg) < 2:
+        listed = ", ".join(f"{name or 'unnamed'} in {unit}" for name, unit in zip(names, units))
+        raise Unsuited(f"has {len(ecg)} ECG signals ({listed}); two are needed")
+    chosen = [ecg[k] for k in choose_leads([names[k] for k in ecg])]
+    with np.errstate(all="ignore"):  # absurd gains of damaged headers end as missing signal
+        record = wfdb.rdrecord(path, channels=chosen, smooth_frames=False)
+    per_frame = [k or 1 for k in record.samps_per_frame]
+    times = np.gcd(*per_frame)
+    fs = header.fs * int(times)
+    if fs < MIN_FS_HZ:
+        raise Unsuited(f"is sampled at {fs} Hz; at least {MIN_FS_HZ:.0f} Hz are needed")
+    scales = [MILLIVOLTS[units[k].lower()] for k in chosen]
+    leads = [s * x.reshape(-1, k // times).mean(axis=1) for x, k, s in zip(record.e_p_signal, per_frame, scales)]
+    names = [names[k] for k in chosen]
+    if lead_name(names[0]) == lead_name(names[1]):
+        upright = [skew(x, nan_policy="omit") for x in leads]
+        if upright[0] < upright[1]:
+            leads, names = leads[::-1], names[::-1]
+    return np.column_stack(leads), fs, names
+
+
+def read_annotations(path: str, fs: float) -> tuple[pd.DataFrame, int]:
+    """Time (in samples at fs Hz), symbol and subtype of each annotation, in the order of time; how many were not in it.
+
+    The clock of an .atr is the time resolution it states, else the header's frames a second; wfdb knows which.
     """
     import wfdb
 
+    content = Path(f"{path}.atr").read_bytes()
+    if content[-2:] != b"\0\0":  # WFDB annot(5): A = I = 0 is the end of the file
+        raise ValueError("its .atr lacks its end")
+    resolutions = re.findall(rb"## time resolution: \d", content)
+    if len(re.findall(rb"## (?!annotation type def|end of def)", content)) > min(len(resolutions), 1):
+        raise ValueError("its .atr has a note for programs that wfdb does not know")  # and would read for ever
+    annotation = wfdb.rdann(path, "atr")
+    if not annotation.fs > 0:
+        raise ValueError("its .atr has no clock")
+    time = np.rint(annotation.sample * float(fs) / annotation.fs)
+    table = pd.DataFrame({"time": time, "symbol": annotation.symbol, "subtype": annotation.subtype})
+    return table.sort_values("time", kind="stable", ignore_index=True), int((np.diff(time) < 0).sum())
+
+
+def find_breaks(annotations: pd.DataFrame) -> list[tuple[float, float]]:
+    """(start, end) samples of flutter or fibrillation ([ to ], and each flutter wave !) and of unreadable signals.
+
+    ~ with subtype -1 says that no signal is readable from there to the next ~. What is not closed lasts to the end.
+    """
+    breaks, episode, unreadable = [], None, None
+    for at, symbol, subtype in annotations[annotations["symbol"].isin(list("[]!~"))].itertuples(index=False):
+        if symbol == "[":
+            episode = at if episode is None else episode
+        elif symbol == "~":
+            breaks += [] if unreadable is None else [(unreadable, at)]
+            unreadable = at if subtype == -1 else None
+        else:
+            breaks.append((at - 1 if symbol == "!" or episode is None else episode, at + (symbol == "!")))
+            episode = None if symbol == "]" else episode
+    return breaks + [(start, np.inf) for start in (episode, unreadable) if start is not None]
+
+
+def read_record(path: str, features: str = "relative") -> dict[str, Any]:
+    """One record: its "record" name, "leads", "beats" (table of the usable ones), their features "X" (m, 32), counts of
+    what was "dropped" and "noted", whether it is "paced", and "skipped", the reason why it cannot be used, or None.
+
+    A record that cannot be used (one lead, no beat annotations, flat or missing signal) has a reason and no beats; one
+    that cannot be read (truncated, not WFDB) raises InputError. features: of FEATURE_SETS. Marks of one beat, as of two
+    leads, count once; when their classes differ, the beat is dropped.
+    """
+    from wfdb.io.annotation import ann_label_table
+
     name = Path(path).name
     try:
-        header = wfdb.rdheader(path)
-        if header.n_sig != 2:
-            return {"record": name, "skipped": f"has {header.n_sig} signals; two are needed"}
-        if header.fs < MIN_FS_HZ:
-            return {"record": name, "skipped": f"is sampled at {header.fs} Hz; at least {MIN_FS_HZ:.0f} Hz are needed"}
+        signal, fs, leads = read_signal(path)
         if not Path(f"{path}.atr").exists():
-            return {"record": name, "skipped": "has no annotation file (.atr)"}
-        if not Path(f"{path}.atr").stat().st_size:
-            raise ValueError("its .atr is empty")
-        annotation = wfdb.rdann(path, "atr")
-        signal = wfdb.rdrecord(path).p_signal
-    except (ValueError, IndexError, KeyError, OSError, TypeError, AttributeError, MemoryError) as error:
+            raise Unsuited("has no annotation file (.atr)")
+        annotations, unsorted = read_annotations(path, fs)
+    except Unsuited as reason:
+        return {"record": name, "skipped": str(reason)}
+    except Exception as error:  # wfdb and soundfile raise a dozen unrelated types on damaged files
         raise InputError(
             f"{path}: cannot be read as a WFDB record, truncated or damaged ({first_line(error)}); "
             "get a new copy of its .hea, .dat and .atr"
         ) from None
-    symbols = np.array(annotation.symbol)
-    is_beat = np.isin(symbols, list(CLASS_OF_SYMBOL))
-    if (annotation.sample[is_beat] >= len(signal)).any():
-        return {"record": name, "skipped": "has beats annotated after its signal ends; its .hea or .dat is damaged"}
+    known = annotations["symbol"].isin([*CLASS_OF_SYMBOL, *ann_label_table["symbol"]])
+    beats = annotations[annotations["symbol"].isin(list(CLASS_OF_SYMBOL))]
+    outside = ~beats["time"].between(0, len(signal) - 1)
+    if outside.sum() > max(OUTSIDE_BEATS, OUTSIDE_SHARE * len(beats)):
+        reason = f"has {outside.sum()} of {len(beats)} beats outside its signal; its .hea, .dat or .atr is damaged"
+        return {"record": name, "skipped": reason}
+    beats = beats[~outside]
+    times, aami = beats["time"].to_numpy(int), beats["symbol"].map(CLASS_OF_SYMBOL).to_numpy()
+    breaks = find_breaks(annotations)
+    one = single_beats(times, fs)
     try:
-        X, index, dropped = beat_features(signal, header.fs, annotation.sample[is_beat])
+        X, index, dropped = FEATURE_SETS[features][0](signal, fs, times, breaks)
     except ValueError as error:
         return {"record": name, "skipped": str(error)}
-    symbols = symbols[is_beat]
-    beats = pd.DataFrame({"record": name, "sample": annotation.sample[is_beat][index], "symbol": symbols[index]})
-    beats["aami"] = beats["symbol"].map(CLASS_OF_SYMBOL)
-    return {"record": name, "beats": beats, "X": X, "dropped": dropped, "paced": PACED in symbols, "skipped": None}
+    unknown = ~np.pad(rr_known(signal, fs, times[one], breaks), 1, constant_values=True)
+    disagree = (
+        pd.Series(aami).groupby(np.searchsorted(one, np.arange(len(times)), side="right")).nunique().to_numpy() > 1
+    )
+    place = np.searchsorted(one, index)
+    agreed = ~disagree[place]
+    dropped |= {"annotated as two classes": int((~agreed).sum()), "outside the signal": int(outside.sum())}
+    noted = {
+        "usable beats beside a time that is no RR interval": int((unknown[place] | unknown[place + 1])[agreed].sum()),
+        "annotations of a code that WFDB does not define": int((~known).sum()),
+        "annotations out of order": unsorted,
+    }
+    X, index = X[agreed], index[agreed]
+    table = pd.DataFrame({"record": name, "sample": times[index], "symbol": beats["symbol"].to_numpy()[index]})
+    table["aami"] = aami[index]
+    paced = bool((beats["symbol"] == PACED).any())
+    return {
+        "record": name, "leads": leads, "beats": table, "X": X, "dropped": dropped, "noted": noted, "paced": paced,
+        "skipped": None,
+    }  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------- features to a data set
@@ -180,46 +331,62 @@ def download(name: str, folder: Path, expected: str | None) -> None:
     raise InputError(f"{DATABASE}/{name}: download failed ({reason}); run the same command again, it goes on from here")
 
 
+def read_sums(path: Path) -> dict[str, str]:
+    """SHA-256 of each .hea, .dat and .atr that a list of checksums names in its own folder, by file name."""
+    lines = [line for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines() if line.strip()]
+    found = [re.fullmatch(r"([0-9a-fA-F]{64})\s+\*?(?:\./)?(\S.*?)\s*", line) for line in lines]  # * of sha256sum -b
+    if not found or not all(found):
+        raise InputError(f"{path}: is truncated or not a valid list of checksums; delete it and run again")
+    return {m[2]: m[1].lower() for m in found if m[2].endswith((".hea", ".dat", ".atr")) and "/" not in m[2]}
+
+
 def provide_records(folder: Path, may_download: bool) -> list[str]:
     """Sorted paths, without suffix, of the records in `folder`, downloaded where missing and checked where published.
 
-    A folder of another WFDB database (headers, but no SHA256SUMS.txt) is taken as it is.
+    Only records of DATABASE are downloaded; files missing from another database are reported, and a folder without
+    SHA256SUMS.txt is taken as it is. Files whose names start with a dot (macOS companions) are no records.
     """
     from tqdm import tqdm
 
     sums = folder / "SHA256SUMS.txt"
-    if not sums.exists() and not list(folder.glob("*.hea")):
+    if not sums.exists() and not list(folder.glob("[!.]*.hea")):
         if folder.exists() and any(p.name != ".part" for p in folder.iterdir()):
             raise InputError(f"{folder}: holds no WFDB header (.hea); name a folder of records with --records-dir")
         if not may_download:
             raise InputError(f"{folder}: no records here; run without --no-download or name them with --records-dir")
         download(sums.name, folder, None)
     if sums.exists():
-        lines = [
-            re.fullmatch(r"([0-9a-f]{64})\s+(\S+)", line) for line in sums.read_text(errors="replace").splitlines()
-        ]
-        if not lines or not all(lines):
-            raise InputError(f"{sums}: is no whole list of checksums; delete it and run again")
-        listed = {m[2]: m[1] for m in lines if m[2].endswith((".hea", ".dat", ".atr")) and "/" not in m[2]}
+        listed = read_sums(sums)
         missing = [name for name in listed if not (folder / name).exists()]
-        if missing and not may_download:
+        if not {Path(name).stem for name in listed} <= MITDB:
+            if missing:
+                print(f"{folder}: {len(missing)} listed files are missing, {missing[0]} first", file=sys.stderr)
+        elif missing and not may_download:
             raise InputError(
                 f"{folder}: {len(missing)} files are missing, {missing[0]} first; run without --no-download"
             )
-        for name in tqdm(missing, desc=f"downloading {DATABASE}", unit="file", disable=not missing):
-            download(name, folder, listed[name])
+        else:
+            for name in tqdm(missing, desc=f"downloading {DATABASE}", unit="file", disable=not missing):
+                download(name, folder, listed[name])
         for name, expected in listed.items():
-            if sha256(folder / name) != expected:
+            if (folder / name).exists() and sha256(folder / name) != expected:
                 raise InputError(f"{folder / name}: SHA-256 is not the published one; delete the file and run again")
-    return sorted(str(p.with_suffix("")) for p in folder.glob("*.hea"))
+    return sorted(str(p.with_suffix("")) for p in folder.glob("[!.]*.hea"))
 
 
-def read_all(paths: list[str], workers: int) -> list[dict[str, Any]]:
+def read_all(paths: list[str], features: str, workers: int) -> list[dict[str, Any]]:
     """The records at `paths`, in that order, read by `workers` processes."""
     from tqdm import tqdm
 
     with ProcessPoolExecutor(max(1, min(workers, len(paths)))) as pool:
-        return list(tqdm(pool.map(read_record, paths), total=len(paths), desc="reading", unit="record"))
+        return list(
+            tqdm(
+                pool.map(functools.partial(read_record, features=features), paths),
+                total=len(paths),
+                desc="reading",
+                unit="record",
+            )
+        )
 
 
 # -------------------------------------------------------------------------------------------- shared by all the scripts
@@ -250,7 +417,7 @@ def write_dataset(
         "recipe": recipe,
         "counts": {s: counts.loc[s].to_dict() for s in SPLITS},
         "counts_by_record": {s: {" ".join(key): int(n) for key, n in by_record[s].items()} for s in SPLITS},
-        "features": FEATURES,
+        "features": FEATURE_SETS[recipe["features"]][1],
         "scaler": scaler,
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
     }
@@ -267,6 +434,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--records-dir", type=Path, default=ROOT / "data" / "mitdb", help="folder of the WFDB records")
     parser.add_argument("--no-download", action="store_true", help="refuse when records are missing")
     parser.add_argument(
+        "--features", choices=FEATURE_SETS, default="relative", help="relative to the recording, or as published"
+    )
+    parser.add_argument(
         "--abnormal", nargs="+", choices=list("SVFQ"), default=list("SVFQ"), help="AAMI classes labelled 1"
     )
     parser.add_argument("--exclude-paced", action="store_true", help="leave out records with paced beats, as EC57 does")
@@ -278,11 +448,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_writable(args.data_dir)
     started = time.monotonic()
-    records = read_all(provide_records(args.records_dir, not args.no_download), args.workers)
+    records = read_all(provide_records(args.records_dir, not args.no_download), args.features, args.workers)
     skipped = {r["record"]: r["skipped"] for r in records if r["skipped"]}
     for name, reason in skipped.items():
         print(f"record {name} is left out: it {reason}", file=sys.stderr)
     used = [r for r in records if not r["skipped"] and not (args.exclude_paced and r["paced"])]
+    for record in used:
+        if not are_expected(record["leads"]):
+            expected = " and ".join(" or ".join(names) for names in EXPECTED_LEADS.values())
+            got = " and ".join(name or "an unnamed one" for name in record["leads"])
+            print(f"record {record['record']} has the leads {got}, not {expected}", file=sys.stderr)
     if not used:
         raise InputError("no usable record is left; see --records-dir and --exclude-paced")
     beats = pd.concat([r["beats"] for r in used], ignore_index=True)
@@ -292,8 +467,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for part in SPLITS:
         if beats["aami"].iloc[rows[part]].eq("N").nunique() < 2:
             raise InputError(f"the {part} part has only one label; give more records, or other --abnormal classes")
-    dropped = pd.DataFrame([r["dropped"] for r in used]).sum()
+    dropped, noted = (pd.DataFrame([r[kind] for r in used]).sum() for kind in ("dropped", "noted"))
+    others = [r["record"] for r in used if not are_expected(r["leads"])]
     recipe = {
+        "features": args.features,
         "abnormal": sorted(args.abnormal, key="SVFQ".index),
         "exclude_paced": args.exclude_paced,
         "per_class": args.per_class or "all",
@@ -302,14 +479,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         "records": [r["record"] for r in used],
         "records_left_out": skipped,
         "beats_dropped": {reason: int(n) for reason, n in dropped.items()},
+        "noted": {what: int(n) for what, n in noted.items()},
+        "leads_expected": EXPECTED_LEADS,
+        "records_with_other_leads": others,
+        "leads": {r["record"]: r["leads"] for r in used},
     }
     counts = write_dataset(args.data_dir, beats, X, rows, recipe)
     counts["rows"] = counts.sum(axis=1)
+    counts["of other leads"] = [int(beats["record"].iloc[rows[split]].isin(others).sum()) for split in SPLITS]
     counts.loc["all"] = counts.sum()
     print(f"\n{counts.to_string()}\n")
     print(
         f"{len(used)} records, {len(beats)} usable beats; dropped: " + ", ".join(f"{n} {r}" for r, n in dropped.items())
     )
+    for what, n in noted[noted > 0].items():
+        print(f"{n} {what}")
     available = counts.loc["all", "rows"] // 2
     if args.split == "random" and args.per_class and available < args.per_class:
         print(f"only {available} beats of the rarer label are there, fewer than --per-class {args.per_class}")

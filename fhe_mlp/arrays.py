@@ -19,6 +19,7 @@ SPLITS = ("train", "val", "test")
 BEATS = "beats.csv"  # which beat each row of the arrays is, in their order; only beside dataset.json
 DESCRIPTION = "dataset.json"  # of the folder: recipe, features, scaler, checksums
 REMEDY = "make it with: python preprocess_mitbih.py --data-dir {}"
+ROUNDING_ERROR = 1e-6  # of a column's mean: a deviation that float32 cannot tell from none
 CLIP_SD = 3.0  # standard deviations; artefacts of 20 sd would waste the few bits of the encrypted network
 Arrays = dict[str, tuple[np.ndarray, np.ndarray]]  # X and y of each of SPLITS, as load_arrays gives them
 
@@ -29,13 +30,13 @@ def array_name(split: str, kind: str) -> str:
 
 
 def fit_scaler(X: np.ndarray) -> dict[str, Any]:
-    """Mean and standard deviation of each column of the training part X (n, features), and the clip in deviations."""
-    sd = X.std(axis=0, dtype=np.float64)
-    return {
-        "mean": X.mean(axis=0, dtype=np.float64).tolist(),
-        "sd": np.where(sd > 0, sd, 1.0).tolist(),
-        "clip_sd": CLIP_SD,
-    }
+    """Mean and standard deviation of each column of the training part X (n, features), and the clip in deviations.
+
+    A column that holds one value counts as constant, with deviation 1, though rounding gives it another one.
+    """
+    mean, sd = X.mean(axis=0, dtype=np.float64), X.std(axis=0, dtype=np.float64)
+    varies = sd > ROUNDING_ERROR * np.abs(mean)
+    return {"mean": mean.tolist(), "sd": np.where(varies, sd, 1.0).tolist(), "clip_sd": CLIP_SD}
 
 
 def apply_scaler(X: np.ndarray, scaler: dict[str, Any]) -> np.ndarray:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,86 +23,9 @@ def build(records, folder, *options):
     return json.loads((folder / "dataset.json").read_text()), pd.read_csv(folder / "beats.csv", dtype=str)
 
 
-def test_features_are_32_named_and_in_the_published_order():
-    names = [f["name"] for f in ecg_features.FEATURES]
-    assert len(set(names)) == 32
-    assert names[:7] == [
-        "ch0_pre_RR",
-        "ch0_post_RR",
-        "ch0_P_peak",
-        "ch0_T_peak",
-        "ch0_R_peak",
-        "ch0_S_peak",
-        "ch0_Q_peak",
-    ]
-    assert names[16:19] == ["ch1_mean_RR", "ch1_template_corr", "ch1_P_peak"]
-    assert all(f["unit"] in ("1", "s") and f["formula"] for f in ecg_features.FEATURES)
-
-
 def test_every_beat_symbol_of_ec57_has_its_class():
-    assert "".join(sorted(pre.CLASS_OF_SYMBOL)) == "".join(sorted("NLRejAaJSVEF/fQ"))
-    assert pre.CLASS_OF_SYMBOL["e"] == "N"
-    assert pre.CLASS_OF_SYMBOL["/"] == "Q"
-
-
-@pytest.mark.parametrize("fs", [360.0, 250.0])
-def test_features_measure_what_the_record_holds(fs):
-    """A made-up ECG with known intervals and amplitudes, at two sampling frequencies."""
-    times = 1.0 + 0.8 * np.arange(30)
-    times[15:] -= 0.3  # beat 15 comes early
-    t = np.arange(int(26 * fs)) / fs
-    x = np.zeros_like(t)
-    for beat in times:
-        for height, centre, width in (
-            (0.2, -0.18, 0.02),
-            (-0.15, -0.04, 0.012),
-            (1, 0, 0.012),
-            (-0.3, 0.04, 0.012),
-            (0.4, 0.3, 0.04),
-        ):
-            x += height * np.exp(-0.5 * ((t - beat - centre) / width) ** 2)
-    samples = np.rint(times * fs).astype(int)
-    X, index, dropped = ecg_features.beat_features(np.column_stack([x, 2 * x]), fs, samples)
-    table = pd.DataFrame(X, columns=[f["name"] for f in ecg_features.FEATURES], index=index)
-    assert dropped["first or last beat"] == 2
-    assert list(index) == list(range(1, 29))
-    assert table.loc[5, "ch0_pre_RR"] == pytest.approx(1, abs=0.01)
-    assert table.loc[15, "ch0_pre_RR"] == pytest.approx(0.5 / 0.77, abs=0.01)  # ten intervals, one of them short
-    assert table.loc[14, "ch0_post_RR"] == pytest.approx(0.5 / 0.8, abs=0.01)
-    assert table.loc[5, "ch1_mean_RR"] == pytest.approx(0.8, abs=0.01)
-    assert table.loc[5, "ch0_PQ_interval"] == pytest.approx(0.14, abs=0.012)
-    assert table.loc[5, "ch0_QRS_interval"] == pytest.approx(0.08, abs=0.012)
-    assert table.loc[5, "ch0_ST_interval"] == pytest.approx(0.26, abs=0.015)
-    assert table.loc[5, "ch0_QT_interval"] == pytest.approx(0.34, abs=0.015)
-    assert table.loc[5, "ch0_R_peak"] > table.loc[5, "ch0_T_peak"] > table.loc[5, "ch0_P_peak"] > 0
-    assert table.loc[5, "ch0_S_peak"] < table.loc[5, "ch0_Q_peak"] < 0
-    assert table.loc[5, "ch1_template_corr"] == pytest.approx(1, abs=0.01)
-    first, second = table.filter(regex="ch0_.*(peak|interval|morph)"), table.filter(regex="ch1_.*(peak|interval|morph)")
-    np.testing.assert_allclose(first, second, atol=1e-4)  # relative to the patient: twice the signal, same features
-
-
-def test_beats_outside_or_in_missing_or_flat_signal_are_dropped_and_counted():
-    rng = np.random.default_rng(0)
-    signal = rng.normal(size=(10_000, 2))
-    beats = np.arange(50, 9950, 300)
-    signal[beats[5] + 10, 0] = np.nan
-    signal[beats[9] - 150 : beats[9] + 200, 1] = 0.5
-    _, index, dropped = ecg_features.beat_features(signal, 360, beats)
-    assert 5 not in index
-    assert 9 not in index
-    assert dropped["signal missing or flat"] == 2
-    early = np.concatenate([[10, 40], beats[1:]])
-    _, index, dropped = ecg_features.beat_features(signal, 360, early)
-    assert dropped["window leaves the record"] == 1
-    assert 1 not in index
-
-
-def test_a_beat_that_is_annotated_twice_is_dropped_under_its_own_name():
-    signal = np.random.default_rng(0).normal(size=(10_000, 2))
-    beats = np.insert(np.arange(350, 9950, 300), 4, 350 + 4 * 300)
-    _, index, dropped = ecg_features.beat_features(signal, 360, beats)
-    assert dropped["annotated twice or out of order"] == 2
-    assert not {4, 5} & set(index)
+    assert "".join(sorted(pre.CLASS_OF_SYMBOL)) == "".join(sorted("NLRBAaJSVrFejnE/fQ?"))
+    assert [pre.CLASS_OF_SYMBOL[symbol] for symbol in "eBn/?rS"] == ["N", "N", "N", "Q", "Q", "V", "S"]
 
 
 def test_draw_keeps_rare_classes_and_fills_with_q():
@@ -187,7 +113,7 @@ def test_unsuited_records_are_named_and_left_out(records, tmp_path, capsys):
     description, beats = build(records, tmp_path / "d")
     error = capsys.readouterr().err
     for name, reason in (
-        ("one", "1 signals"),
+        ("one", "1 ECG signals"),
         ("silent", ".atr"),
         ("flat", "flat"),
         ("lost", "no usable beat"),
@@ -232,6 +158,173 @@ def test_refusals_name_the_cause_and_overwrite_nothing(records, tmp_path, capsys
     (records / "100.hea").write_text("no header\n")
     assert "100: cannot be read" in refusal(main, [*base, records], capsys)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def rewrite(folder, name, **header):
+    """Change the header of a record: fs and, by lead, name and unit."""
+    path = folder / f"{name}.hea"
+    first, *leads = path.read_text().splitlines()
+    for k, lead in enumerate(header.get("names", [])):
+        leads[k] = " ".join([*leads[k].split()[:8], lead])
+    for k, unit in enumerate(header.get("units", [])):
+        leads[k] = leads[k].replace("/mV", f"/{unit}")
+    path.write_text("\n".join([first, *leads]) + "\n")
+
+
+def test_swapping_the_leads_of_a_record_changes_nothing(tmp_path):
+    make_record(tmp_path / "a", "r")
+    make_record(tmp_path / "b", "r", edit=lambda x: x[:, ::-1])
+    rewrite(tmp_path / "b", "r", names=["V1", "MLII"])
+    one, other = (pre.read_record(str(tmp_path / folder / "r")) for folder in "ab")
+    np.testing.assert_array_equal(one["X"], other["X"])
+    assert one["leads"] == other["leads"] == ["MLII", "V1"]
+
+
+def test_other_leads_than_expected_are_a_warning_that_names_both_and_are_counted(records, tmp_path, capsys):
+    rewrite(records, "100", names=["V5", "V2"])
+    description, beats = build(records, tmp_path / "d")
+    captured = capsys.readouterr()
+    assert captured.err.count("record 100 has the leads V5 and V2, not MLII and V1 or V2") == 1
+    assert "of other leads" in captured.out
+    assert description["recipe"]["records_with_other_leads"] == ["100"]
+    assert description["recipe"]["leads"]["101"] == ["MLII", "V1"]
+
+
+def test_a_signal_that_is_no_ecg_is_not_taken_for_a_lead(records, tmp_path, capsys):
+    rewrite(records, "100", units=["mV", "mmHg"], names=["MLII", "BP"])
+    rewrite(records, "101", names=["MLII", "Resp"])
+    description, _ = build(records, tmp_path / "d")
+    for name in ("100", "101"):
+        assert "has 1 ECG signals" in description["recipe"]["records_left_out"][name]
+
+
+def test_units_of_voltage_do_not_matter(tmp_path):
+    make_record(tmp_path, "r")
+    one = pre.read_record(str(tmp_path / "r"))
+    rewrite(tmp_path, "r", units=["uV", "uV"])  # the same numbers, a thousandth of the voltage
+    np.testing.assert_allclose(one["X"], pre.read_record(str(tmp_path / "r"))["X"], atol=1e-4)
+    published = pre.read_record(str(tmp_path / "r"), "published")
+    assert np.abs(published["X"][:, 4]).max() < 0.01  # R peaks, in mV
+
+
+@pytest.mark.parametrize(("fs", "clock"), [(500, 250), (250, 1000), (360, 360)])
+def test_annotations_may_have_a_clock_of_their_own(tmp_path, fs, clock):
+    import wfdb
+
+    samples = make_record(tmp_path, "r", fs=fs, symbols=["N"] * 30)
+    expected = pre.read_record(str(tmp_path / "r"))
+    ticks = np.rint(samples * clock / fs).astype(int)
+    notes = [f"## time resolution: {clock}", *[""] * 30]  # as WFDB's annot(5) has it
+    ticks, symbols = [0, *ticks], ['"', *["N"] * 30]
+    wfdb.wrann("r", "atr", np.array(ticks), symbols, aux_note=notes, write_dir=str(tmp_path))
+    record = pre.read_record(str(tmp_path / "r"))
+    assert np.abs(record["beats"]["sample"] - expected["beats"]["sample"]).max() <= fs / clock
+    np.testing.assert_allclose(record["X"][:, 0], expected["X"][:, 0], atol=3 / clock)
+
+
+def test_every_beat_code_of_wfdb_is_a_beat_and_unknown_codes_are_counted(tmp_path):
+    symbols = ["N", "r", "B", "n", "N", "?"] * 10
+    make_record(tmp_path, "r", symbols=symbols)
+    record = pre.read_record(str(tmp_path / "r"))
+    assert len(record["beats"]) == len(symbols) - 2
+    classes = record["beats"].groupby("symbol")["aami"].first().to_dict()
+    assert classes == {"N": "N", "r": "V", "B": "N", "n": "N", "?": "Q"}
+
+
+def test_beats_beyond_the_end_are_dropped_and_counted_but_many_are_damage(tmp_path):
+    import wfdb
+
+    samples = make_record(tmp_path, "r")
+    length = wfdb.rdheader(str(tmp_path / "r")).sig_len
+    for beyond, used in ((2, True), (8, False)):
+        late = np.concatenate([samples, length + 100 * np.arange(beyond)])
+        wfdb.wrann("r", "atr", late, ["N"] * len(late), write_dir=str(tmp_path))
+        record = pre.read_record(str(tmp_path / "r"))
+        if used:
+            assert record["dropped"]["outside the signal"] == beyond
+        else:
+            assert "8 of 68 beats outside its signal" in record["skipped"]
+
+
+def test_a_cut_annotation_file_is_refused(records, tmp_path, capsys):
+    path = records / "100.atr"
+    path.write_bytes(path.read_bytes()[:60])
+    line = refusal(main, ["--records-dir", records, "--data-dir", tmp_path / "d"], capsys)
+    assert "100: cannot be read" in line
+    assert ".atr" in line
+
+
+def test_flutter_ends_the_rhythm(tmp_path):
+    import wfdb
+
+    samples = make_record(tmp_path, "r", symbols=["N"] * 40)
+    record = pre.read_record(str(tmp_path / "r"))
+    keep = np.r_[:15, 25:40]  # ten beats are not seen in the flutter
+    marks = np.insert(samples[keep], 15, [samples[15], samples[24]])
+    symbols = np.insert(np.array(["N"] * 30), 15, ["[", "]"])
+    wfdb.wrann("r", "atr", marks, list(symbols), write_dir=str(tmp_path))
+    with_flutter = pre.read_record(str(tmp_path / "r"))
+    assert len(with_flutter["beats"]) == 28  # those beside it are kept
+    assert with_flutter["noted"]["usable beats beside a time that is no RR interval"] == 2
+    assert with_flutter["X"][:, 0].max() <= record["X"][:, 0].max() + 1e-6
+    assert pre.find_breaks(pd.DataFrame({"time": [5.0], "symbol": ["["], "subtype": [0]})) == [(5.0, np.inf)]
+
+
+def test_macos_companions_are_no_records(records, tmp_path):
+    for name in ("._100.hea", "._100.dat"):
+        (records / name).write_bytes(b"\x00\x05\x16\x07")
+    _, beats = build(records, tmp_path / "d")
+    assert set(beats["record"]) == {"100", "101", "103", "106"}
+
+
+def test_lists_of_checksums_of_other_databases_and_of_other_styles_are_read(records, tmp_path, capsys):
+    sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in records.iterdir()}
+    make_record(records, "300", seed=5)
+    lines = [f"{digest} *{name}\r" for name, digest in sums.items()]
+    (records / "SHA256SUMS.txt").write_text("\n".join([*lines, f"{'0' * 64} *301.dat\r"]) + "\n")
+    _, beats = build(records, tmp_path / "d")  # another database: what is missing is reported, nothing is fetched
+    assert "1 listed files are missing, 301.dat first" in capsys.readouterr().err
+    assert "300" in set(beats["record"])
+    (records / "SHA256SUMS.txt").write_text("\n".join(lines) + "\n")
+    (records / "100.dat").write_bytes((records / "100.dat").read_bytes()[:-2])
+    assert "100.dat: SHA-256" in refusal(main, ["--records-dir", records, "--data-dir", tmp_path / "e"], capsys)
+
+
+@pytest.mark.parametrize("damage", ["cut .dat", "huge .hea", "many signals"])
+def test_damaged_records_are_one_line_and_take_no_memory(records, tmp_path, capsys, damage):
+    path = records / "100.hea"
+    if damage == "cut .dat":
+        (records / "100.dat").write_bytes((records / "100.dat").read_bytes()[:1000])
+    elif damage == "huge .hea":
+        first, *rest = path.read_text().splitlines()
+        path.write_text("\n".join([" ".join([*first.split()[:3], "1000000000000"]), *rest]))
+    else:
+        path.write_text(path.read_text().replace("100 2", "100 1000000", 1))
+    assert "100: cannot be read" in refusal(main, ["--records-dir", records, "--data-dir", tmp_path / "d"], capsys)
+
+
+def test_a_constant_column_counts_as_constant_whatever_rounding_makes_of_it(tmp_path):
+    scaler = arr.fit_scaler(np.column_stack([np.full(1000, 14.62), np.arange(1000)]))
+    assert scaler["sd"][0] == 1
+    assert abs(arr.apply_scaler(np.array([[14.62, 0]]), scaler)[0, 0]) < 1e-6
+
+
+def test_published_columns_are_an_option(records, tmp_path):
+    description, _ = build(records, tmp_path / "d", "--features", "published")
+    assert [f["name"] for f in description["features"]] == [f["name"] for f in ecg_features.PUBLISHED]
+    X = arr.load_arrays(tmp_path / "d")["train"][0]
+    np.testing.assert_array_equal(X[:, 0], X[:, 16])
+
+
+MITDB = Path(os.environ.get("MITDB_DIR", "data/mitdb"))
+
+
+@pytest.mark.skipif(not (MITDB / "207.dat").exists(), reason="the MIT-BIH records are not here")
+def test_flutter_of_record_207_is_no_rr_interval():
+    record = pre.read_record(str(MITDB / "207"))
+    assert record["X"][:, 0].max() < 3
+    assert record["noted"]["usable beats beside a time that is no RR interval"] > 0
+    assert sum(record["dropped"].values()) <= 4
 
 
 def test_loading_refuses_bad_arrays(arrays, tmp_path):
