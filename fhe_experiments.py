@@ -35,7 +35,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from fhe_mlp import circuit, cli
-from fhe_mlp.arrays import Arrays, feature_table, load_arrays, load_scaler
+from fhe_mlp.arrays import Arrays, expected_leads, feature_table, load_arrays, load_scaler
 from fhe_mlp.cluster import Cluster, connect, scheduler_address
 from fhe_mlp.configuration import DEFAULT_PTQ, Configuration, Setting, identify, load_configuration, versions
 from fhe_mlp.deployment import check_new, export
@@ -404,6 +404,7 @@ def export_best(args: argparse.Namespace, experiment: Experiment, paths: Sequenc
         "pbs": facts["pbs"],
         "test_accuracy": facts["accuracy_clear_test_set"],
         "test_rows": facts["test_set_rows"],
+        "leads": expected_leads(args.data_dir),
         "features": feature_table(args.data_dir, X.shape[1]),
         "scaler": load_scaler(args.data_dir),
     }

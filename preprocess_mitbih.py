@@ -61,9 +61,9 @@ DOWNLOAD_ATTEMPTS = 3  # tries a file before giving up; finished files are kept
 BEATS_PER_CLASS = 12_074  # the methodology's 24,148 beats are 2 x 12,074
 TEST_SHARE, VAL_SHARE = 0.30, 0.20  # of all beats; of the beats that are left (as published)
 
-# WFDB's beat annotations (https://archive.physionet.org/physiobank/annotations.shtml) in the classes that WFDB's own
-# EC57 evaluation gives them (bxb.c): escape beats e, j, n are N, r is V, ? (learning) is Q. wfdb's is_qrs counts
-# flutter waves (!) too, which are no beats there or in EC57.
+# WFDB's beat annotations (archive.physionet.org/physiobank/annotations.shtml) in the classes that WFDB's own evaluation
+# by ANSI/AAMI EC57 gives them (bxb.c): escape beats e, j, n are N, r is V, ? (learning) is Q. wfdb's table is_qrs also
+# counts flutter waves (!), which are no beats in either.
 AAMI_CLASSES = {"N": "NLRBejn", "S": "AaJS", "V": "VEr", "F": "F", "Q": "/fQ?"}
 CLASS_OF_SYMBOL = {symbol: name for name, symbols in AAMI_CLASSES.items() for symbol in symbols}
 PACED = "/"  # EC57 leaves records with paced beats out of algorithm scoring
@@ -105,7 +105,7 @@ def check_claims(folder: Path, header: Any, segments: list[Any]) -> None:
 
 
 def read_signal(path: str) -> tuple[np.ndarray, float, list[str]]:
-    """The two leads of a WFDB record in mV, (samples, 2) in choose_leads' order, their sampling rate (Hz) and names.
+    """The two leads of a WFDB record, (samples, 2) in choose_leads' order, their sampling rate (Hz) and their names.
 
     ECG signals are those in a unit of voltage whose names are not another kind's in wfdb's table. Leads with several
     samples a frame come at their own rate; of two rates, at the highest that divides both. Of leads with the same name,
@@ -180,24 +180,27 @@ def find_breaks(annotations: pd.DataFrame) -> list[tuple[float, float]]:
     """
     breaks, episode, unreadable = [], None, None
     for at, symbol, subtype in annotations[annotations["symbol"].isin(list("[]!~"))].itertuples(index=False):
-        if symbol == "[":
+        if symbol == "!":
+            breaks.append((at - 1, at + 1))
+        elif symbol == "[":
             episode = at if episode is None else episode
-        elif symbol == "~":
+        elif symbol == "]":
+            breaks.append((at - 1 if episode is None else episode, at))
+            episode = None
+        else:
             breaks += [] if unreadable is None else [(unreadable, at)]
             unreadable = at if subtype == -1 else None
-        else:
-            breaks.append((at - 1 if symbol == "!" or episode is None else episode, at + (symbol == "!")))
-            episode = None if symbol == "]" else episode
     return breaks + [(start, np.inf) for start in (episode, unreadable) if start is not None]
 
 
 def read_record(path: str, features: str = "relative") -> dict[str, Any]:
-    """One record: its "record" name, "leads", "beats" (table of the usable ones), their features "X" (m, 32), counts of
-    what was "dropped" and "noted", whether it is "paced", and "skipped", the reason why it cannot be used, or None.
+    """One record as {"record", "leads", "beats": usable ones, "X": (m, 32), counts "dropped" and "noted", "paced"}.
 
-    A record that cannot be used (one lead, no beat annotations, flat or missing signal) has a reason and no beats; one
-    that cannot be read (truncated, not WFDB) raises InputError. features: of FEATURE_SETS. Marks of one beat, as of two
-    leads, count once; when their classes differ, the beat is dropped.
+    features: a name of FEATURE_SETS.
+
+    A record that cannot be used (one lead, no beat annotations, flat or missing signal) is {"record", "skipped": why};
+    one that cannot be read (truncated, not WFDB) raises InputError. Marks of one beat, as of two leads, count once; a
+    beat that is marked as two classes is dropped, but counts for the RR intervals beside it.
     """
     from wfdb.io.annotation import ann_label_table
 
@@ -229,9 +232,8 @@ def read_record(path: str, features: str = "relative") -> dict[str, Any]:
     except ValueError as error:
         return {"record": name, "skipped": str(error)}
     unknown = ~np.pad(rr_known(signal, fs, times[one], breaks), 1, constant_values=True)
-    disagree = (
-        pd.Series(aami).groupby(np.searchsorted(one, np.arange(len(times)), side="right")).nunique().to_numpy() > 1
-    )
+    owner = np.searchsorted(one, np.arange(len(times)), side="right")
+    disagree = pd.Series(aami).groupby(owner).nunique().to_numpy() > 1
     place = np.searchsorted(one, index)
     agreed = ~disagree[place]
     dropped |= {"annotated as two classes": int((~agreed).sum()), "outside the signal": int(outside.sum())}
@@ -244,10 +246,7 @@ def read_record(path: str, features: str = "relative") -> dict[str, Any]:
     table = pd.DataFrame({"record": name, "sample": times[index], "symbol": beats["symbol"].to_numpy()[index]})
     table["aami"] = aami[index]
     paced = bool((beats["symbol"] == PACED).any())
-    return {
-        "record": name, "leads": leads, "beats": table, "X": X, "dropped": dropped, "noted": noted, "paced": paced,
-        "skipped": None,
-    }  # fmt: skip
+    return {"record": name, "leads": leads, "beats": table, "X": X, "dropped": dropped, "noted": noted, "paced": paced}
 
 
 # ----------------------------------------------------------------------------------------------- features to a data set
@@ -358,35 +357,30 @@ def provide_records(folder: Path, may_download: bool) -> list[str]:
     if sums.exists():
         listed = read_sums(sums)
         missing = [name for name in listed if not (folder / name).exists()]
-        if not {Path(name).stem for name in listed} <= MITDB:
-            if missing:
-                print(f"{folder}: {len(missing)} listed files are missing, {missing[0]} first", file=sys.stderr)
-        elif missing and not may_download:
+        ours = {Path(name).stem for name in listed} <= MITDB
+        if ours and missing and not may_download:
             raise InputError(
                 f"{folder}: {len(missing)} files are missing, {missing[0]} first; run without --no-download"
             )
-        else:
-            for name in tqdm(missing, desc=f"downloading {DATABASE}", unit="file", disable=not missing):
-                download(name, folder, listed[name])
+        for name in tqdm(
+            missing if ours else [], desc=f"downloading {DATABASE}", unit="file", disable=not (ours and missing)
+        ):
+            download(name, folder, listed[name])
         for name, expected in listed.items():
             if (folder / name).exists() and sha256(folder / name) != expected:
                 raise InputError(f"{folder / name}: SHA-256 is not the published one; delete the file and run again")
+        if missing and not ours:
+            print(f"{folder}: {len(missing)} listed files are missing, {missing[0]} first", file=sys.stderr)
     return sorted(str(p.with_suffix("")) for p in folder.glob("[!.]*.hea"))
 
 
 def read_all(paths: list[str], features: str, workers: int) -> list[dict[str, Any]]:
     """The records at `paths`, in that order, read by `workers` processes."""
+    read = functools.partial(read_record, features=features)
     from tqdm import tqdm
 
     with ProcessPoolExecutor(max(1, min(workers, len(paths)))) as pool:
-        return list(
-            tqdm(
-                pool.map(functools.partial(read_record, features=features), paths),
-                total=len(paths),
-                desc="reading",
-                unit="record",
-            )
-        )
+        return list(tqdm(pool.map(read, paths), total=len(paths), desc="reading", unit="record"))
 
 
 # -------------------------------------------------------------------------------------------- shared by all the scripts
@@ -449,10 +443,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_writable(args.data_dir)
     started = time.monotonic()
     records = read_all(provide_records(args.records_dir, not args.no_download), args.features, args.workers)
-    skipped = {r["record"]: r["skipped"] for r in records if r["skipped"]}
+    skipped = {r["record"]: r["skipped"] for r in records if "skipped" in r}
     for name, reason in skipped.items():
         print(f"record {name} is left out: it {reason}", file=sys.stderr)
-    used = [r for r in records if not r["skipped"] and not (args.exclude_paced and r["paced"])]
+    used = [r for r in records if "skipped" not in r and not (args.exclude_paced and r["paced"])]
     for record in used:
         if not are_expected(record["leads"]):
             expected = " and ".join(" or ".join(names) for names in EXPECTED_LEADS.values())

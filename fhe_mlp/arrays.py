@@ -7,6 +7,8 @@ dataset.json describes what preprocess_mitbih.py made; arrays made elsewhere com
 from __future__ import annotations
 
 import json
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ SPLITS = ("train", "val", "test")
 BEATS = "beats.csv"  # which beat each row of the arrays is, in their order; only beside dataset.json
 DESCRIPTION = "dataset.json"  # of the folder: recipe, features, scaler, checksums
 REMEDY = "make it with: python preprocess_mitbih.py --data-dir {}"
-ROUNDING_ERROR = 1e-6  # of a column's mean: a deviation that float32 cannot tell from none
+CONSTANT = 1e-6  # of a column's mean: a smaller standard deviation is rounding error, also in float32
 CLIP_SD = 3.0  # standard deviations; artefacts of 20 sd would waste the few bits of the encrypted network
 Arrays = dict[str, tuple[np.ndarray, np.ndarray]]  # X and y of each of SPLITS, as load_arrays gives them
 
@@ -30,13 +32,13 @@ def array_name(split: str, kind: str) -> str:
 
 
 def fit_scaler(X: np.ndarray) -> dict[str, Any]:
-    """Mean and standard deviation of each column of the training part X (n, features), and the clip in deviations.
-
-    A column that holds one value counts as constant, with deviation 1, though rounding gives it another one.
-    """
+    """Mean and standard deviation of each column of the training part X (n, features), and the clip in deviations."""
     mean, sd = X.mean(axis=0, dtype=np.float64), X.std(axis=0, dtype=np.float64)
-    varies = sd > ROUNDING_ERROR * np.abs(mean)
-    return {"mean": mean.tolist(), "sd": np.where(varies, sd, 1.0).tolist(), "clip_sd": CLIP_SD}
+    return {
+        "mean": mean.tolist(),
+        "sd": np.where(sd > CONSTANT * np.abs(mean), sd, 1.0).tolist(),  # a constant column stays near 0
+        "clip_sd": CLIP_SD,
+    }
 
 
 def apply_scaler(X: np.ndarray, scaler: dict[str, Any]) -> np.ndarray:
@@ -48,8 +50,8 @@ def apply_scaler(X: np.ndarray, scaler: dict[str, Any]) -> np.ndarray:
 def read_array(path: Path, remedy: str) -> np.ndarray:
     """A .npy file of finite numbers. Raises InputError, which ends in `remedy`, for anything else."""
     try:
-        with path.open("rb") as file:  # np.load would also take archives and pickles
-            array = np.lib.format.read_array(file, allow_pickle=False)
+        # np.load would also take archives and pickles, and memory for whatever size the header claims
+        array = np.array(np.lib.format.open_memmap(path, mode="r"))
     except FileNotFoundError:
         raise InputError(f"{path}: not found; {remedy}") from None
     except Exception as error:  # the parser of NumPy's header raises a dozen unrelated types
@@ -67,6 +69,7 @@ def load_arrays(data_dir: Path) -> Arrays:
 
     With dataset.json the arrays are already scaled and must have its checksums. Arrays made elsewhere come without it:
     they are standardised and clipped here with the statistics of their training part.
+    Rows of the training part that are in the test part too make its figures too good: they are counted on stderr.
     Raises InputError for a missing, truncated, wrong-shaped, NaN-holding or foreign file.
     """
     remedy = REMEDY.format(data_dir)
@@ -94,7 +97,12 @@ def load_arrays(data_dir: Path) -> Arrays:
         scaler = fit_scaler(arrays["train"][0])
         print(f"{data_dir} has no {DESCRIPTION}: standardised with its training part, clipped to {CLIP_SD:g} sd")
         arrays = {split: (apply_scaler(X, scaler), y) for split, (X, y) in arrays.items()}
-    return {split: (X.astype(np.float32), y.astype(np.int64)) for split, (X, y) in arrays.items()}
+    arrays = {split: (X.astype(np.float32), y.astype(np.int64)) for split, (X, y) in arrays.items()}
+    seen = {hash(row.tobytes()) for row in arrays["train"][0]}
+    repeated = sum(hash(row.tobytes()) in seen for row in arrays["test"][0])
+    if repeated:
+        print(f"{data_dir}: {repeated} of {len(arrays['test'][0])} test rows are training rows too", file=sys.stderr)
+    return arrays
 
 
 def load_scaler(data_dir: Path) -> dict[str, Any]:
@@ -111,6 +119,13 @@ def feature_table(data_dir: Path, width: int) -> list[dict[str, str]]:
     return [{"name": f"feature_{k}", "unit": "?", "formula": f"column {k} of the arrays"} for k in range(width)]
 
 
+def expected_leads(data_dir: Path) -> dict[str, list[str]] | None:
+    """Names that the leads of channel 0 and 1 had in the records that the features come from, where that is known."""
+    if not (data_dir / DESCRIPTION).exists():
+        return None
+    return load_description(data_dir).get("recipe", {}).get("leads_expected")
+
+
 def beats_of(data_dir: Path) -> pd.DataFrame | None:
     """Split, record, sample, symbol and AAMI class of each row that load_arrays gives, or None for arrays without."""
     if not (data_dir / DESCRIPTION).exists() or BEATS not in load_description(data_dir)["sha256"]:
@@ -123,13 +138,21 @@ def load_description(data_dir: Path) -> dict[str, Any]:
     path = data_dir / DESCRIPTION
     try:
         description = json.loads(path.read_text())
-        if not {array_name(split, kind) for split in SPLITS for kind in "Xy"} <= set(dict(description["sha256"])):
+        files, scaler = set(dict(description["sha256"])), description["scaler"]
+        if not {array_name(split, kind) for split in SPLITS for kind in "Xy"} <= files:
             raise ValueError
-        scaler, names = description["scaler"], [feature["name"] for feature in description["features"]]
-        if not np.isfinite([*scaler["mean"], *scaler["sd"], scaler["clip_sd"]]).all() or min(scaler["sd"]) <= 0:
+        if any(Path(name).name != name for name in files):  # a path out of the folder
             raise ValueError
-        if not len(scaler["mean"]) == len(scaler["sd"]) == len(names) == len(set(names)):
+        numbers = [*scaler["mean"], *scaler["sd"], scaler["clip_sd"]]
+        if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
+            raise ValueError
+        if min(scaler["sd"]) <= 0 or scaler["clip_sd"] <= 0:
+            raise ValueError
+        if not all(isinstance(f[key], str) for f in description["features"] for key in ("name", "unit", "formula")):
+            raise ValueError
+        names = {feature["name"] for feature in description["features"]}
+        if not len(scaler["mean"]) == len(scaler["sd"]) == len(description["features"]) == len(names):
             raise ValueError
         return description
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise InputError(f"{path}: damaged; {REMEDY.format(data_dir)}") from None

@@ -26,6 +26,32 @@ RATES = ("--rates", "25", "60", "75", "90")  # of step 3
 ABNORMAL = ("V", "A", "F")  # abnormal symbols that the records hold besides N
 
 
+def write_atr(path: Path, marks, clock: float | None = None) -> None:
+    """Write an .atr of (sample, code, *((kind, value) or note)) in any order, which wfdb 4.1.2 cannot: annot(5).
+
+    code: a symbol or a number; kind: "sub", "chan" or "num"; clock: the time resolution (Hz) that the file states.
+    """
+    from wfdb.io.annotation import ann_label_table
+
+    codes = dict(zip(ann_label_table["symbol"], ann_label_table["label_store"]))
+    marks, content, last = list(marks), b"", 0
+    if clock is not None:
+        marks.insert(0, (0, '"', f"## time resolution: {clock:g}"))
+    for sample, code, *more in marks:
+        step, last = int(sample) - last, int(sample)
+        if not 0 <= step < 1024:
+            high, low = divmod(step % 2**32, 2**16)
+            content += bytes([0, 59 << 2, *high.to_bytes(2, "little"), *low.to_bytes(2, "little")])
+            step = 0
+        content += (step + (codes.get(code, code) << 10)).to_bytes(2, "little")
+        for item in more:
+            if isinstance(item, str):
+                content += bytes([len(item), 63 << 2]) + item.encode() + bytes(len(item) % 2)
+            else:
+                content += bytes([item[1] % 256, {"num": 60, "sub": 61, "chan": 62}[item[0]] << 2])
+    path.write_bytes(content + b"\0\0")
+
+
 def make_record(
     folder: Path,
     name: str,
@@ -35,8 +61,17 @@ def make_record(
     annotate: bool = True,
     symbols: list[str] | None = None,
     edit=lambda signal: signal,
+    names: tuple[str, ...] = ("MLII", "V1"),
+    units: tuple[str, ...] = ("mV", "mV"),
+    fmt: str = "16",
+    marks=lambda samples, symbols: [(samples[0], "+", "(N\0"), *zip(samples, symbols)],
+    clock: float | None = None,
 ) -> np.ndarray:
-    """Write an ECG-like WFDB record and return its beats' samples; every third beat is abnormal, wide and early."""
+    """Write an ECG-like WFDB record and return its beats' samples; every third beat is abnormal, wide and early.
+
+    marks: what the .atr holds of the beats' samples (on `clock`, where given) and symbols, as write_atr takes it; by
+    default the beats and a rhythm change, which is none.
+    """
     import wfdb
 
     rng = np.random.default_rng(seed)
@@ -53,14 +88,15 @@ def make_record(
         signal += np.outer(0.3 * np.exp(-0.5 * ((t - time - 0.28) / 0.04) ** 2), [1.0, 0.5])
     folder.mkdir(parents=True, exist_ok=True)
     signal = edit(signal)[:, :leads]
-    names = ["MLII", "V1"][:leads]
-    wfdb.wrsamp(name, fs, ["mV"] * leads, names, signal, fmt=["16"] * leads, write_dir=str(folder))
-    samples = np.rint(times * fs).astype(int)
+    count = signal.shape[1]
+    unique = [f"lead{k}" for k in range(count)]  # wfdb writes no equal names, which other programs do
+    wfdb.wrsamp(name, fs, list(units[:count]), unique, signal, fmt=[fmt] * count, write_dir=str(folder))
+    header = folder / f"{name}.hea"
+    for lead, given in zip(unique, names):
+        header.write_text(header.read_text().replace(lead, given))
     if annotate:
-        mixed_samples = np.insert(samples, 1, samples[0] + 5)  # a rhythm change, which is no beat
-        mixed_symbols = [symbols[0], "+", *symbols[1:]]
-        wfdb.wrann(name, "atr", mixed_samples, mixed_symbols, write_dir=str(folder))
-    return samples
+        write_atr(folder / f"{name}.atr", marks(np.rint(times * (clock or fs)).astype(int), symbols), clock)
+    return np.rint(times * fs).astype(int)
 
 
 @pytest.fixture

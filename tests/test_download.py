@@ -141,3 +141,30 @@ def test_a_damaged_list_of_checksums_is_refused(server, tmp_path, capsys, conten
 def test_no_server_is_one_line(server, tmp_path, capsys):
     wfdb.io.download.set_db_index_url("http://127.0.0.1:9/")
     assert "download failed" in refusal(pre.main, argv(tmp_path), capsys)
+
+
+@pytest.mark.parametrize("style", ["{0} *{1}\r\n", "{0}  ./{1}\n", "\n{0}  {1}\n\n", "\ufeff{0}  {1}\n"])
+def test_lists_of_checksums_are_read_in_every_style(server, tmp_path, style):
+    pre.main(argv(tmp_path))
+    sums = tmp_path / "mitdb" / "SHA256SUMS.txt"
+    want = pre.read_sums(sums)
+    assert len(want) == 6
+    text = "".join(style.lstrip("\ufeff").format(*reversed(item)) for item in want.items())
+    sums.write_bytes((style[0] * style.startswith("\ufeff") + text).encode())
+    assert pre.read_sums(sums) == want
+
+
+def test_files_missing_from_another_database_are_reported_not_downloaded(server, tmp_path, capsys):
+    folder = tmp_path / "mitdb"
+    for seed, name in enumerate(("100", "800", "801")):
+        make_record(folder, name, seed=seed)
+    lines = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in sorted(folder.iterdir())]
+    (folder / "SHA256SUMS.txt").write_text("".join(lines))
+    for suffix in (".hea", ".dat", ".atr"):
+        (folder / f"100{suffix}").unlink()
+    pre.main(argv(tmp_path))
+    assert "3 listed files are missing, 100.atr first" in capsys.readouterr().err
+    assert server.requests == []
+    assert load_description(tmp_path / "d")["recipe"]["records"] == ["800", "801"]
+    (folder / "801.atr").write_bytes((folder / "800.atr").read_bytes())
+    assert "801.atr: SHA-256" in refusal(pre.main, argv(tmp_path), capsys)

@@ -395,6 +395,7 @@ def test_export_considers_all_named_networks_and_compiles_each_once(arrays, tmp_
     assert counted[0] == labels
     model = json.loads((tmp_path / "deployed" / "client" / "model.json").read_text())
     assert model["name"] in labels
+    assert model["leads"] is None  # these arrays come without dataset.json
     assert [feature["name"] for feature in model["features"]] == [f"feature_{k}" for k in range(32)]
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     assert "is there already" in refusal(step5.main, argv, capsys)

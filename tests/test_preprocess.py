@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import BEAT_COUNT, make_record, refusal
+import wfdb
+from conftest import BEAT_COUNT, ROOT, make_record, refusal, write_atr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import preprocess_mitbih as pre
 from fhe_mlp import arrays as arr
 from fhe_mlp import cli, ecg_features
 from preprocess_mitbih import main
 
+MITDB = Path(os.environ.get("MITDB_DIR", ROOT / "data" / "mitdb"))
+few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+CODES = "NLRBAaJSVrFejnE/fQ?"  # WFDB's beat annotations
+
 
 def build(records, folder, *options):
     main(["--records-dir", str(records), "--data-dir", str(folder), *map(str, options)])
     return json.loads((folder / "dataset.json").read_text()), pd.read_csv(folder / "beats.csv", dtype=str)
-
-
-def test_every_beat_symbol_of_ec57_has_its_class():
-    assert "".join(sorted(pre.CLASS_OF_SYMBOL)) == "".join(sorted("NLRBAaJSVrFejnE/fQ?"))
-    assert [pre.CLASS_OF_SYMBOL[symbol] for symbol in "eBn/?rS"] == ["N", "N", "N", "Q", "Q", "V", "S"]
 
 
 def test_draw_keeps_rare_classes_and_fills_with_q():
@@ -37,16 +39,6 @@ def test_draw_keeps_rare_classes_and_fills_with_q():
     drawn = aami[pre.draw_balanced(aami, "SVFQ", 6, np.random.default_rng(1))]
     assert (drawn == "N").sum() == 6
     assert (drawn == "Q").sum() == 0
-
-
-def test_scaler_uses_the_training_part_and_clips():
-    X = np.array([[0.0, 5], [2, 5], [4, 5]], np.float32)
-    scaler = arr.fit_scaler(X)
-    scaled = arr.apply_scaler(X, scaler)
-    np.testing.assert_allclose(scaled[:, 0], [-1.2247449, 0, 1.2247449], rtol=1e-6)
-    assert (scaled[:, 1] == 0).all()
-    assert arr.apply_scaler(np.array([100.0, 5]), scaler)[0] == arr.CLIP_SD
-    assert scaled.dtype == np.float32
 
 
 def test_command_writes_checked_disjoint_balanced_arrays(records, tmp_path, capsys):
@@ -113,7 +105,7 @@ def test_unsuited_records_are_named_and_left_out(records, tmp_path, capsys):
     description, beats = build(records, tmp_path / "d")
     error = capsys.readouterr().err
     for name, reason in (
-        ("one", "1 ECG signals"),
+        ("one", "1 ECG signals (MLII in mV)"),
         ("silent", ".atr"),
         ("flat", "flat"),
         ("lost", "no usable beat"),
@@ -160,253 +152,6 @@ def test_refusals_name_the_cause_and_overwrite_nothing(records, tmp_path, capsys
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
-def rewrite(folder, name, **header):
-    """Change the header of a record: fs and, by lead, name and unit."""
-    path = folder / f"{name}.hea"
-    first, *leads = path.read_text().splitlines()
-    for k, lead in enumerate(header.get("names", [])):
-        leads[k] = " ".join([*leads[k].split()[:8], lead])
-    for k, unit in enumerate(header.get("units", [])):
-        leads[k] = leads[k].replace("/mV", f"/{unit}")
-    path.write_text("\n".join([first, *leads]) + "\n")
-
-
-def test_swapping_the_leads_of_a_record_changes_nothing(tmp_path):
-    make_record(tmp_path / "a", "r")
-    make_record(tmp_path / "b", "r", edit=lambda x: x[:, ::-1])
-    rewrite(tmp_path / "b", "r", names=["V1", "MLII"])
-    one, other = (pre.read_record(str(tmp_path / folder / "r")) for folder in "ab")
-    np.testing.assert_array_equal(one["X"], other["X"])
-    assert one["leads"] == other["leads"] == ["MLII", "V1"]
-
-
-def test_other_leads_than_expected_are_a_warning_that_names_both_and_are_counted(records, tmp_path, capsys):
-    rewrite(records, "100", names=["V5", "V2"])
-    description, beats = build(records, tmp_path / "d")
-    captured = capsys.readouterr()
-    assert captured.err.count("record 100 has the leads V5 and V2, not MLII and V1 or V2") == 1
-    assert "of other leads" in captured.out
-    assert description["recipe"]["records_with_other_leads"] == ["100"]
-    assert description["recipe"]["leads"]["101"] == ["MLII", "V1"]
-
-
-def test_a_signal_that_is_no_ecg_is_not_taken_for_a_lead(records, tmp_path, capsys):
-    rewrite(records, "100", units=["mV", "mmHg"], names=["MLII", "BP"])
-    rewrite(records, "101", names=["MLII", "Resp"])
-    description, _ = build(records, tmp_path / "d")
-    for name in ("100", "101"):
-        assert "has 1 ECG signals" in description["recipe"]["records_left_out"][name]
-
-
-def test_units_of_voltage_do_not_matter(tmp_path):
-    make_record(tmp_path, "r")
-    one = pre.read_record(str(tmp_path / "r"))
-    rewrite(tmp_path, "r", units=["uV", "uV"])  # the same numbers, a thousandth of the voltage
-    np.testing.assert_allclose(one["X"], pre.read_record(str(tmp_path / "r"))["X"], atol=1e-4)
-    published = pre.read_record(str(tmp_path / "r"), "published")
-    assert np.abs(published["X"][:, 4]).max() < 0.01  # R peaks, in mV
-
-
-@pytest.mark.parametrize(("fs", "clock"), [(500, 250), (250, 1000), (360, 360)])
-def test_annotations_may_have_a_clock_of_their_own(tmp_path, fs, clock):
-    import wfdb
-
-    samples = make_record(tmp_path, "r", fs=fs, symbols=["N"] * 30)
-    expected = pre.read_record(str(tmp_path / "r"))
-    ticks = np.rint(samples * clock / fs).astype(int)
-    notes = [f"## time resolution: {clock}", *[""] * 30]  # as WFDB's annot(5) has it
-    ticks, symbols = [0, *ticks], ['"', *["N"] * 30]
-    wfdb.wrann("r", "atr", np.array(ticks), symbols, aux_note=notes, write_dir=str(tmp_path))
-    record = pre.read_record(str(tmp_path / "r"))
-    assert np.abs(record["beats"]["sample"] - expected["beats"]["sample"]).max() <= fs / clock
-    np.testing.assert_allclose(record["X"][:, 0], expected["X"][:, 0], atol=3 / clock)
-
-
-def test_every_beat_code_of_wfdb_is_a_beat_and_unknown_codes_are_counted(tmp_path):
-    symbols = ["N", "r", "B", "n", "N", "?"] * 10
-    make_record(tmp_path, "r", symbols=symbols)
-    record = pre.read_record(str(tmp_path / "r"))
-    assert len(record["beats"]) == len(symbols) - 2
-    classes = record["beats"].groupby("symbol")["aami"].first().to_dict()
-    assert classes == {"N": "N", "r": "V", "B": "N", "n": "N", "?": "Q"}
-
-
-def test_beats_beyond_the_end_are_dropped_and_counted_but_many_are_damage(tmp_path):
-    import wfdb
-
-    samples = make_record(tmp_path, "r")
-    length = wfdb.rdheader(str(tmp_path / "r")).sig_len
-    for beyond, used in ((2, True), (8, False)):
-        late = np.concatenate([samples, length + 100 * np.arange(beyond)])
-        wfdb.wrann("r", "atr", late, ["N"] * len(late), write_dir=str(tmp_path))
-        record = pre.read_record(str(tmp_path / "r"))
-        if used:
-            assert record["dropped"]["outside the signal"] == beyond
-        else:
-            assert "8 of 68 beats outside its signal" in record["skipped"]
-
-
-def test_a_cut_annotation_file_is_refused(records, tmp_path, capsys):
-    path = records / "100.atr"
-    path.write_bytes(path.read_bytes()[:60])
-    line = refusal(main, ["--records-dir", records, "--data-dir", tmp_path / "d"], capsys)
-    assert "100: cannot be read" in line
-    assert ".atr" in line
-
-
-def test_flutter_ends_the_rhythm(tmp_path):
-    import wfdb
-
-    samples = make_record(tmp_path, "r", symbols=["N"] * 40)
-    record = pre.read_record(str(tmp_path / "r"))
-    keep = np.r_[:15, 25:40]  # ten beats are not seen in the flutter
-    marks = np.insert(samples[keep], 15, [samples[15], samples[24]])
-    symbols = np.insert(np.array(["N"] * 30), 15, ["[", "]"])
-    wfdb.wrann("r", "atr", marks, list(symbols), write_dir=str(tmp_path))
-    with_flutter = pre.read_record(str(tmp_path / "r"))
-    assert len(with_flutter["beats"]) == 28  # those beside it are kept
-    assert with_flutter["noted"]["usable beats beside a time that is no RR interval"] == 2
-    assert with_flutter["X"][:, 0].max() <= record["X"][:, 0].max() + 1e-6
-    assert pre.find_breaks(pd.DataFrame({"time": [5.0], "symbol": ["["], "subtype": [0]})) == [(5.0, np.inf)]
-
-
-def test_macos_companions_are_no_records(records, tmp_path):
-    for name in ("._100.hea", "._100.dat"):
-        (records / name).write_bytes(b"\x00\x05\x16\x07")
-    _, beats = build(records, tmp_path / "d")
-    assert set(beats["record"]) == {"100", "101", "103", "106"}
-
-
-def test_lists_of_checksums_of_other_databases_and_of_other_styles_are_read(records, tmp_path, capsys):
-    sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in records.iterdir()}
-    make_record(records, "300", seed=5)
-    lines = [f"{digest} *{name}\r" for name, digest in sums.items()]
-    (records / "SHA256SUMS.txt").write_text("\n".join([*lines, f"{'0' * 64} *301.dat\r"]) + "\n")
-    _, beats = build(records, tmp_path / "d")  # another database: what is missing is reported, nothing is fetched
-    assert "1 listed files are missing, 301.dat first" in capsys.readouterr().err
-    assert "300" in set(beats["record"])
-    (records / "SHA256SUMS.txt").write_text("\n".join(lines) + "\n")
-    (records / "100.dat").write_bytes((records / "100.dat").read_bytes()[:-2])
-    assert "100.dat: SHA-256" in refusal(main, ["--records-dir", records, "--data-dir", tmp_path / "e"], capsys)
-
-
-@pytest.mark.parametrize("damage", ["cut .dat", "huge .hea", "many signals"])
-def test_damaged_records_are_one_line_and_take_no_memory(records, tmp_path, capsys, damage):
-    path = records / "100.hea"
-    if damage == "cut .dat":
-        (records / "100.dat").write_bytes((records / "100.dat").read_bytes()[:1000])
-    elif damage == "huge .hea":
-        first, *rest = path.read_text().splitlines()
-        path.write_text("\n".join([" ".join([*first.split()[:3], "1000000000000"]), *rest]))
-    else:
-        path.write_text(path.read_text().replace("100 2", "100 1000000", 1))
-    assert "100: cannot be read" in refusal(main, ["--records-dir", records, "--data-dir", tmp_path / "d"], capsys)
-
-
-def test_a_constant_column_counts_as_constant_whatever_rounding_makes_of_it(tmp_path):
-    scaler = arr.fit_scaler(np.column_stack([np.full(1000, 14.62), np.arange(1000)]))
-    assert scaler["sd"][0] == 1
-    assert abs(arr.apply_scaler(np.array([[14.62, 0]]), scaler)[0, 0]) < 1e-6
-
-
-def test_published_columns_are_an_option(records, tmp_path):
-    description, _ = build(records, tmp_path / "d", "--features", "published")
-    assert [f["name"] for f in description["features"]] == [f["name"] for f in ecg_features.PUBLISHED]
-    X = arr.load_arrays(tmp_path / "d")["train"][0]
-    np.testing.assert_array_equal(X[:, 0], X[:, 16])
-
-
-MITDB = Path(os.environ.get("MITDB_DIR", "data/mitdb"))
-
-
-@pytest.mark.skipif(not (MITDB / "207.dat").exists(), reason="the MIT-BIH records are not here")
-def test_flutter_of_record_207_is_no_rr_interval():
-    record = pre.read_record(str(MITDB / "207"))
-    assert record["X"][:, 0].max() < 3
-    assert record["noted"]["usable beats beside a time that is no RR interval"] > 0
-    assert sum(record["dropped"].values()) <= 4
-
-
-def test_loading_refuses_bad_arrays(arrays, tmp_path):
-    def broken(name, content):
-        for path in arrays.iterdir():
-            (tmp_path / path.name).write_bytes(path.read_bytes())
-        path = tmp_path / f"Arryth_MITBIH_{name}.npy"
-        if content is None:
-            path.unlink()
-        elif isinstance(content, bytes):
-            path.write_bytes(content)
-        else:
-            np.save(path, content, allow_pickle=True)
-        with pytest.raises(cli.InputError) as error:
-            arr.load_arrays(tmp_path)
-        assert "preprocess_mitbih.py" in str(error.value)
-        assert "\n" not in str(error.value)
-        return str(error.value)
-
-    whole = (arrays / "Arryth_MITBIH_val_X.npy").read_bytes()
-    X = np.load(arrays / "Arryth_MITBIH_val_X.npy")
-    assert "not found" in broken("val_X", None)
-    assert "truncated" in broken("val_X", whole[:1000])
-    assert "truncated" in broken("val_X", b"")
-    assert "truncated" in broken("val_X", b"PK\x03\x04 something else")
-    huge = whole.replace(b"(600, 32), ", b"(10**14, 32), ".replace(b"10**14", b"9" * 14))
-    huge = huge[:8] + (int.from_bytes(huge[8:10], "little") + len(huge) - len(whole)).to_bytes(2, "little") + huge[10:]
-    assert "truncated" in broken("val_X", huge)
-    assert "truncated" in broken("val_y", np.array([{"pickled": 1}], dtype=object))
-    assert "shape" in broken("val_X", X[:, :31])
-    assert "numbers" in broken("val_X", X.astype(str))
-    assert "NaN" in broken("val_X", np.where(X[3, 3] == X, np.nan, X))
-    assert "3e38" in broken("val_X", np.where(X[3, 3] == X, 1e300, X.astype(float)))
-    assert "labels" in broken("val_y", np.full(len(X), 2.0))
-    assert "labels" in broken("val_y", np.zeros(len(X)))
-    assert "length" in broken("val_y", np.resize([0.0, 1.0], len(X) - 1))
-
-
-def test_loading_notices_arrays_that_dataset_json_does_not_describe(records, tmp_path):
-    folder = tmp_path / "d"
-    build(records, folder)
-    X = np.load(folder / "Arryth_MITBIH_test_X.npy")
-    np.save(folder / "Arryth_MITBIH_test_X.npy", X[:, ::-1])
-    with pytest.raises(cli.InputError, match=r"dataset\.json"):
-        arr.load_arrays(folder)
-    whole = json.loads((folder / "dataset.json").read_text())
-    for damaged in (
-        "{",
-        json.dumps({"sha256": {}}),
-        json.dumps({**whole, "sha256": list(whole["sha256"])}),
-        json.dumps({name: value for name, value in whole.items() if name != "scaler"}),
-        json.dumps({**whole, "scaler": {**whole["scaler"], "sd": "x"}}),
-        json.dumps({**whole, "scaler": {**whole["scaler"], "mean": [0.0]}}),
-    ):
-        (folder / "dataset.json").write_text(damaged)
-        with pytest.raises(cli.InputError, match="damaged"):
-            arr.load_arrays(folder)
-
-
-@pytest.mark.parametrize(
-    "header", ["(" * 150, "{'descr': '<f4', 'fortran_order': False, 'shape': (True, 32)}", "{[1]: 3}"]
-)
-def test_a_damaged_header_of_an_array_is_one_line(arrays, tmp_path, header):
-    for path in arrays.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    header = header.ljust(245) + "\n"
-    content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(4096)
-    (tmp_path / "Arryth_MITBIH_train_X.npy").write_bytes(content)
-    with pytest.raises(cli.InputError, match=r"is truncated or not a valid \.npy array"):
-        arr.load_arrays(tmp_path)
-
-
-def test_arrays_made_elsewhere_are_standardised_with_their_training_part(arrays, tmp_path):
-    for path in arrays.iterdir():
-        array = np.load(path)
-        np.save(tmp_path / path.name, 7 + 3 * array if array.ndim == 2 else array.astype(bool))
-    ours, theirs = arr.load_arrays(arrays), arr.load_arrays(tmp_path)
-    for split in arr.SPLITS:
-        np.testing.assert_allclose(ours[split][0], theirs[split][0], atol=1e-4)
-        np.testing.assert_array_equal(ours[split][1], theirs[split][1])
-
-
 def test_whole_file_leaves_the_old_one_when_writing_fails(tmp_path):
     path = tmp_path / "result.txt"
     path.write_text("old")
@@ -415,3 +160,289 @@ def test_whole_file_leaves_the_old_one_when_writing_fails(tmp_path):
         raise RuntimeError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def read(folder, *args, **kwargs):
+    """What read_record makes of a record that make_record writes, and the samples of the beats in its signal."""
+    samples = make_record(folder, "r", *args, **kwargs)
+    return pre.read_record(str(folder / "r")), samples
+
+
+def test_every_beat_code_counts_for_the_rhythm_and_has_its_class(tmp_path):
+    want, samples = read(tmp_path, symbols=["N"] * 60)
+    symbols = ["N", *CODES * 3, "N", "N"]
+    got, _ = read(tmp_path, symbols=["N"] * 60, marks=lambda samples, _: zip(samples, symbols))
+    np.testing.assert_array_equal(got["X"][:, 0], want["X"][:, 0])
+    classes = dict(zip(got["beats"]["symbol"], got["beats"]["aami"]))
+    assert classes == {**dict.fromkeys("NLRBejn", "N"), **dict.fromkeys("AaJS", "S"), **dict.fromkeys("VEr", "V")} | {
+        "F": "F",
+        **dict.fromkeys("/fQ?", "Q"),
+    }
+    assert got["paced"]
+
+
+def test_codes_that_are_no_beats_are_left_out_and_unknown_ones_counted(tmp_path):
+    want, samples = read(tmp_path)
+    others = [(samples[10] + 100 + k, code) for k, code in enumerate(["x", "(", "p", "s", 15, 42, 49])]
+    got, _ = read(tmp_path, marks=lambda samples, symbols: sorted([*zip(samples, symbols), *others]))
+    np.testing.assert_array_equal(got["X"], want["X"])
+    assert got["noted"]["annotations of a code that WFDB does not define"] == 3
+
+
+@few
+@given(st.sampled_from([100, 128, 250, 360, 500, 1000]), st.sampled_from([125, 250, 360.5, 500, 1000]))
+def test_annotations_run_on_their_own_clock(tmp_path, fs, clock):
+    want, samples = read(tmp_path, fs=float(fs))
+    got, _ = read(tmp_path, fs=float(fs), clock=clock)
+    assert np.abs(got["beats"]["sample"] - samples[1:-1]).max() <= 0.5 * fs / clock + 1
+    np.testing.assert_allclose(got["X"][:, 0], want["X"][:, 0], atol=2 / fs + 1 / clock)
+
+
+@few
+@given(st.data())
+def test_annotations_of_each_lead_in_any_order_are_one_beat_each(tmp_path, data):
+    def marks(samples, symbols):
+        once = [(s, c, ("chan", 0)) for s, c in zip(samples, symbols)]
+        twice = [(s + late, c, ("chan", 1), ("num", 3)) for s, c, late in zip(samples, symbols, delays)]
+        return data.draw(st.permutations([*once, *twice]))
+
+    delays = data.draw(st.lists(st.integers(0, 40), min_size=60, max_size=60))
+    want, samples = read(tmp_path)
+    got, _ = read(tmp_path, marks=marks)
+    np.testing.assert_array_equal(got["X"], want["X"])
+    pd.testing.assert_frame_equal(got["beats"], want["beats"])
+    assert got["dropped"]["annotated twice"] == 60
+    assert got["noted"]["annotations out of order"] > 0
+
+
+def test_a_beat_of_two_classes_is_dropped_but_ends_its_neighbours_intervals(tmp_path):
+    want, samples = read(tmp_path)
+    got, _ = read(tmp_path, marks=lambda s, c: [*zip(s[:21], c), (s[20] + 9, "N"), *zip(s[21:], c[21:])])
+    assert got["dropped"]["annotated as two classes"] == 1
+    np.testing.assert_array_equal(got["X"], np.delete(want["X"], 19, axis=0))
+
+
+@few
+@given(st.integers(1, 40), st.booleans())
+def test_beats_outside_the_signal_are_dropped_or_too_many(tmp_path, outside, before):
+    last = -1 if before else 10**9
+    want, samples = read(tmp_path)
+    got, _ = read(tmp_path, marks=lambda s, c: [*zip(s, c), *[(last, "N")] * outside])
+    if outside > 3:
+        assert f"{outside} of {60 + outside} beats outside" in got["skipped"]
+    else:
+        assert got["dropped"]["outside the signal"] == outside
+        np.testing.assert_array_equal(got["X"], want["X"])
+    length = wfdb.rdheader(str(tmp_path / "r")).sig_len
+    got, _ = read(tmp_path, marks=lambda s, c: [*zip(s, c), (length, "N")])  # as wfdb's sampto leaves
+    assert got["dropped"]["outside the signal"] == 1
+
+
+def test_flutter_unreadable_signal_and_lapses_are_breaks(tmp_path):
+    def noted(*more, drop=()):
+        def marks(samples, symbols):
+            s = samples
+            extra = [(s[a] + d, code, *item) for a, d, code, *item in more]
+            return sorted([*(m for k, m in enumerate(zip(s, symbols)) if k not in drop), *extra], key=lambda m: m[0])
+
+        got, _ = read(tmp_path, symbols=["N"] * 60, marks=marks)
+        assert got["X"][:, 0].max() < 0.95
+        assert got["X"][:, :2].max() < 1.2
+        return got["noted"]["usable beats beside a time that is no RR interval"], len(got["X"])
+
+    assert noted() == (0, 58)
+    assert noted((20, 90, "["), (23, 90, "]"), drop=(21, 22, 23)) == (2, 55)
+    assert noted((20, 90, "["), (20, 150, "!"), (23, 90, "]"), drop=(21, 22, 23)) == (2, 55)
+    assert noted((20, 90, "!"), (23, 90, "!"), drop=(21, 22, 23)) == (2, 55)  # flutter waves alone
+    assert noted((20, 90, "]"), drop=(21, 22, 23)) == (2, 55)  # begun before the annotations
+    assert noted((40, 90, "[")) == (1, 40)  # never closed
+    assert noted((20, 90, "~", ("sub", -1)), (23, 90, "~", ("sub", 0)), drop=(21, 22, 23)) == (2, 55)
+    assert noted((20, 90, "~", ("sub", 3)), (20, 150, "~", ("sub", 0))) == (0, 58)  # noisy, but readable
+    assert noted(drop=tuple(range(21, 40))) == (2, 39)  # 16 s without a beat
+
+
+def test_published_columns_are_an_option_and_in_millivolts(records, tmp_path):
+    description, _ = build(records, tmp_path / "d", "--features", "published")
+    assert [f["name"] for f in description["features"]] == [f["name"] for f in ecg_features.PUBLISHED]
+    X = arr.load_arrays(tmp_path / "d")["train"][0]
+    np.testing.assert_array_equal(X[:, 0], X[:, 16])
+    make_record(tmp_path, "r")
+    millivolts = pre.read_record(str(tmp_path / "r"), "published")["X"][:, 4]
+    make_record(tmp_path, "r", units=("uV", "uV"), edit=lambda x: 1000 * x)
+    np.testing.assert_allclose(pre.read_record(str(tmp_path / "r"), "published")["X"][:, 4], millivolts, atol=0.01)
+    assert millivolts.max() < 2
+
+
+@pytest.mark.skipif(not (MITDB / "207.dat").exists(), reason="the MIT-BIH records are not here")
+def test_flutter_of_record_207_is_no_rhythm():
+    record = pre.read_record(str(MITDB / "207"))
+    assert record["X"][:, 0].max() < 2.6  # seconds; idioventricular rhythm after 1640 s, 99 with the flutter
+    assert record["X"][:, 1].max() < 2.5
+    assert len(record["X"]) == 1858
+    assert sum(record["dropped"].values()) == 2
+    assert record["noted"]["usable beats beside a time that is no RR interval"] == 11
+    assert pre.read_record(str(MITDB / "114"))["leads"] == ["MLII", "V5"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("MLII", "V1"), ("V5", "V2"), ("II", "aVF"), ("ECG1", "ECG2"), ("ECG", "ECG"), ("x", "V1"), ("ml ii", "v5")],
+)
+def test_swapping_the_two_leads_changes_nothing(tmp_path, names):
+    want, _ = read(tmp_path, names=names)
+    got, _ = read(tmp_path, names=names[::-1], edit=lambda signal: signal[:, ::-1])
+    np.testing.assert_array_equal(got["X"], want["X"])
+    assert got["leads"] == want["leads"]
+    assert want["leads"] == list(names)
+
+
+def test_other_leads_are_said_and_counted(records, tmp_path, capsys):
+    make_record(records, "102", names=("V2", "V5"))
+    description, beats = build(records, tmp_path / "d", "--per-class", "all")
+    shown = capsys.readouterr()
+    assert shown.err.count("record 102 has the leads V5 and V2, not MLII and V1 or V2 or V4 or V5") == 1
+    assert "has the leads" not in shown.err.replace("record 102 has", "")
+    assert f" {(beats['record'] == '102').sum()}" in next(x for x in shown.out.splitlines() if x.startswith("all"))
+    recipe = description["recipe"]
+    assert recipe["records_with_other_leads"] == ["102"]
+    assert recipe["leads"] == {**{r: ["MLII", "V1"] for r in ("100", "101", "103", "106")}, "102": ["V5", "V2"]}
+    assert recipe["leads_expected"]["ch0"] == ["MLII"]
+
+
+def test_the_two_ecg_leads_of_more_signals_are_used(tmp_path):
+    want, _ = read(tmp_path)
+    more = {"names": ("V1", "ABP", "EEG C4", "MLII", "V6"), "units": ("uV", "mmHg", "mV", "mV", "V"), "leads": 5}
+    got, _ = read(tmp_path, edit=lambda x: np.column_stack([x[:, 1] * 1000, x, x[:, 0], x[:, 0] / 1000]), **more)
+    assert got["leads"] == ["MLII", "V1"]
+    np.testing.assert_allclose(got["X"], want["X"], atol=0.02)
+    for units in (("mV", "mmHg"), ("NU", "mV"), ("mV", "bpm")):
+        got, _ = read(tmp_path, units=units)
+        assert "has 1 ECG signals" in got["skipped"]
+        assert "mmHg" in got["skipped"] or "mmHg" not in units
+
+
+def test_leads_of_several_samples_a_frame_come_at_their_own_rate(tmp_path):
+    """360 Hz as 4 samples in each of 90 frames a second; the other lead at 180 Hz, a pressure once a frame."""
+    want, samples = read(tmp_path, symbols=["N"] * 60)
+    digital = wfdb.rdrecord(str(tmp_path / "r"), physical=False).d_signal
+    digital = digital[: len(digital) // 4 * 4].astype("<i2")
+    for second, atol in ((4, 0.001), (2, 0.2)):  # V1 at 360 and at 180 Hz
+        v1 = digital[:: 4 // second, 1].reshape(-1, second)
+        frames = np.hstack([digital[:, 0].reshape(-1, 4), v1, np.zeros((len(v1), 1))]).astype("<i2")
+        frames.tofile(tmp_path / "m.dat")
+        lines = [f"m 3 90 {len(frames)}"]
+        lines += [f"m.dat 16x{k} 9000(0)/mV 16 0 0 0 0 {name}" for k, name in ((4, "MLII"), (second, "V1"))]
+        (tmp_path / "m.hea").write_text("\n".join([*lines, "m.dat 16 1/mmHg 16 0 0 0 0 ABP"]) + "\n")
+        for clock in (None, 360):
+            write_atr(tmp_path / "m.atr", [(round(s * (clock or 90) / 360), "N") for s in samples], clock)
+            got = pre.read_record(str(tmp_path / "m"))
+            moved = np.abs(got["beats"]["sample"] * 4 / second - samples[1:-1])
+            assert moved.max() <= (1 if clock else 4)
+            np.testing.assert_allclose(got["X"][:, 0], want["X"][:, 0], atol=0.006 if clock else 0.013)  # a sample
+            if clock:
+                np.testing.assert_allclose(got["X"][:, 2:16], want["X"][:, 2:16], atol=atol)
+
+
+@pytest.mark.parametrize("layout", ["fixed", "variable", "others"])
+def test_segments_are_one_record_or_refused(tmp_path, layout):
+    want, samples = read(tmp_path)
+    whole = wfdb.rdrecord(str(tmp_path / "r"))
+    half = whole.sig_len // 2
+    for name, part in (("r_1", slice(0, half)), ("r_2", slice(half, None))):
+        names = ["V1", "MLII"] if (layout, name) == ("others", "r_2") else ["MLII", "V1"]
+        gain = {"adc_gain": whole.adc_gain, "baseline": whole.baseline}
+        wfdb.wrsamp(
+            name, 360, ["mV", "mV"], names, whole.p_signal[part], fmt=["16"] * 2, write_dir=str(tmp_path), **gain
+        )
+    lines = [f"r_1 {half}", f"r_2 {whole.sig_len - half}"]
+    if layout == "variable":
+        lines.insert(0, "r_0 0")
+        (tmp_path / "r_0.hea").write_text("r_0 2 360 0\n~ 0 200/mV 16 0 0 0 0 V1\n~ 0 200/mV 16 0 0 0 0 MLII\n")
+    (tmp_path / "r.hea").write_text(f"r/{len(lines)} 2 360 {whole.sig_len}\n" + "\n".join(lines) + "\n")
+    if layout == "others":
+        with pytest.raises(cli.InputError, match="segments hold other"):
+            pre.read_record(str(tmp_path / "r"))
+        return
+    got = pre.read_record(str(tmp_path / "r"))
+    np.testing.assert_allclose(got["X"], want["X"], atol=1e-5)
+    assert got["leads"] == ["MLII", "V1"]
+
+
+def test_an_annotation_file_cut_anywhere_is_refused(tmp_path):
+    make_record(tmp_path, "r")
+    path = tmp_path / "r.atr"
+    whole = path.read_bytes()
+    assert len(pre.read_annotations(str(tmp_path / "r"), 360)[0]) == 61
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises((ValueError, IndexError)):
+            pre.read_annotations(str(tmp_path / "r"), 360)
+    with pytest.raises(cli.InputError, match=r"damaged.*get a new copy"):
+        pre.read_record(str(tmp_path / "r"))
+
+
+@pytest.mark.parametrize("notes", [["## any"], ["## time resolution: 360"] * 2, ["## time resolution: 0"]])
+def test_notes_that_wfdb_would_read_for_ever_are_refused(tmp_path, notes):
+    make_record(tmp_path, "r")
+    write_atr(tmp_path / "r.atr", [*((0, '"', note) for note in notes), (400, "N"), (800, "N")])
+    with pytest.raises(cli.InputError, match="damaged"):
+        pre.read_record(str(tmp_path / "r"))
+
+
+def test_a_truncated_compressed_signal_is_one_line(records, tmp_path, capsys):
+    make_record(records, "100", fmt="516")
+    build(records, tmp_path / "d")
+    path = records / "100.dat"
+    whole = path.read_bytes()
+    for length in (3, 30, 5000, len(whole) - 300):
+        path.write_bytes(whole[:length])
+        assert "100: cannot be read" in refusal(main, ["--records-dir", records, "--data-dir", tmp_path / "d"], capsys)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "r 2 360 1000000000000",
+        "r 1000000 360 100",
+        "r/1000000 2 360 100",
+        "r/2 2 360 100000000000\nr 50000000000\nr 50000000000",
+        "r 2 360 100\nr.dat 16x1000000000 200/mV 16 0 0 0 0 MLII\nr.dat 16 200/mV 16 0 0 0 0 V1",
+        "r 2 360 100\nr.dat 16:10000000000 200/mV 16 0 0 0 0 MLII\nr.dat 16 200/mV 16 0 0 0 0 V1",
+    ],
+)
+def test_a_header_that_claims_too_much_is_refused_before_memory_is_taken(tmp_path, line):
+    make_record(tmp_path, "r")
+    lines = (tmp_path / "r.hea").read_text().splitlines()
+    (tmp_path / "r.hea").write_text("\n".join([line] if "\n" in line else [line, *lines[1:]]) + "\n")
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), limits[1]))
+    try:
+        with pytest.raises(cli.InputError, match="cannot be read"):
+            pre.read_record(str(tmp_path / "r"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    (tmp_path / "r.hea").write_bytes(b"r 2 360 100\n" + b"#" * pre.HEADER_BYTES)
+    with pytest.raises(cli.InputError, match="longer than any"):
+        pre.read_record(str(tmp_path / "r"))
+
+
+def test_companion_files_are_no_records(records, tmp_path):
+    for suffix in (".hea", ".dat", ".atr"):
+        (records / f"._100{suffix}").write_bytes(b"\0\5\x16\7 Mac OS X")
+    description, _ = build(records, tmp_path / "d")
+    assert description["recipe"]["records"] == ["100", "101", "103", "106"]
+    assert not description["recipe"]["records_left_out"]
+
+
+@pytest.mark.parametrize("fmt", ["16", "24", "32", "80", "212", "516"])
+def test_formats_line_ends_and_encodings_are_read(tmp_path, fmt):
+    want, _ = read(tmp_path)
+    got, _ = read(tmp_path, fmt=fmt)
+    header = (tmp_path / "r.hea").read_bytes()
+    (tmp_path / "r.hea").write_bytes(header.replace(b"\n", b"\r\n") + "# Müller, 心電図\r\n".encode())
+    again = pre.read_record(str(tmp_path / "r"))
+    np.testing.assert_array_equal(again["X"], got["X"])
+    np.testing.assert_allclose(got["X"][:, 0], want["X"][:, 0], rtol=1e-6)
+    if fmt != "80":  # 8 bits
+        np.testing.assert_allclose(got["X"], want["X"], atol=0.1)

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 import preprocess_mitbih as pre
-from fhe_mlp.arrays import SPLITS, load_arrays
+from fhe_mlp.arrays import SPLITS, expected_leads, load_arrays
 
 SCRIPTS = sorted(p.name for p in ROOT.glob("*.py"))
 MODULES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "fhe_mlp").rglob("*.py"))
@@ -25,6 +25,7 @@ def test_shipped_arrays_are_the_default_data_set():
     data = load_arrays(ROOT / "data")
     beats = pd.read_csv(ROOT / "data" / "beats.csv", dtype=str)
     assert sum(len(y) for _, y in data.values()) == len(beats) == 24_148
+    assert expected_leads(ROOT / "data")["ch0"] == ["MLII"]
     assert not beats.duplicated(["record", "sample"]).any()
     assert beats["record"].nunique() == 48
     assert (beats["aami"] != "N").sum() == 12_074
