@@ -78,6 +78,10 @@ OUTSIDE_BEATS, OUTSIDE_SHARE = 3, 0.01  # most beats that may lie outside the si
 HEADER_BYTES = 1_000_000  # no header is longer
 SAMPLES_PER_BYTE, SPARE_SAMPLES = 16, 10_000_000  # that a header may claim: of compressed files; of gaps in segments
 
+# Notes of an .atr that wfdb understands, each after its length and code.
+RESOLUTION = re.compile(rb"[\x15-\xff]\xfc## time resolution: \d")
+DEFINITIONS = re.compile(rb"\x1e\xfc## annotation type definitions.*?\x15\xfc## end of definitions", re.DOTALL)
+
 LICENCE = "Open Data Commons Attribution License v1.0"
 SOURCE = "MIT-BIH Arrhythmia Database 1.0.0, PhysioNet, doi:10.13026/C2F305"
 
@@ -162,9 +166,9 @@ def read_annotations(path: str, fs: float) -> tuple[pd.DataFrame, int]:
     content = Path(f"{path}.atr").read_bytes()
     if content[-2:] != b"\0\0":  # WFDB annot(5): A = I = 0 is the end of the file
         raise ValueError("its .atr lacks its end")
-    resolutions = re.findall(rb"## time resolution: \d", content)
-    if len(re.findall(rb"## (?!annotation type def|end of def)", content)) > min(len(resolutions), 1):
-        raise ValueError("its .atr has a note for programs that wfdb does not know")  # and would read for ever
+    notes = DEFINITIONS.sub(b"|", content)
+    if notes.count(b"## ") > min(len(RESOLUTION.findall(notes)), 1):  # wfdb 4.1.2 would try to read them for ever
+        raise ValueError("its .atr has notes of a program that wfdb does not know")
     annotation = wfdb.rdann(path, "atr")
     if not annotation.fs > 0:
         raise ValueError("its .atr has no clock")

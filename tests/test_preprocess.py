@@ -381,11 +381,27 @@ def test_an_annotation_file_cut_anywhere_is_refused(tmp_path):
         pre.read_record(str(tmp_path / "r"))
 
 
-@pytest.mark.parametrize("notes", [["## any"], ["## time resolution: 360"] * 2, ["## time resolution: 0"]])
+DEFINED = ["## annotation type definitions", "42 z odd beat", "## end of definitions"]
+
+
+@pytest.mark.parametrize(
+    "notes", [["## any"], ["## time resolution: 360"] * 2, ["## time resolution: x"], DEFINED[2:], [DEFINED[0] + "x"]]
+)
 def test_notes_that_wfdb_would_read_for_ever_are_refused(tmp_path, notes):
     make_record(tmp_path, "r")
     write_atr(tmp_path / "r.atr", [*((0, '"', note) for note in notes), (400, "N"), (800, "N")])
-    with pytest.raises(cli.InputError, match="damaged"):
+    with pytest.raises(cli.InputError, match="notes of a program"):
+        pre.read_record(str(tmp_path / "r"))
+
+
+def test_definitions_of_more_codes_are_read_and_a_clock_of_0_hz_is_refused(tmp_path):
+    want, samples = read(tmp_path)
+    notes = [(0, '"', note) for note in DEFINED]
+    got, _ = read(tmp_path, clock=360, marks=lambda s, c: [*notes, *zip(s, c), (s[-1] + 5, 42)])
+    np.testing.assert_array_equal(got["X"], want["X"])
+    assert got["noted"]["annotations of a code that WFDB does not define"] == 1
+    write_atr(tmp_path / "r.atr", [(0, '"', "## time resolution: 0"), (400, "N"), (800, "N")])
+    with pytest.raises(cli.InputError, match="no clock"):
         pre.read_record(str(tmp_path / "r"))
 
 
