@@ -23,6 +23,8 @@ DESCRIPTION = "dataset.json"  # of the folder: recipe, features, scaler, checksu
 REMEDY = "make it with: python preprocess_mitbih.py --data-dir {}"
 CONSTANT = 1e-6  # of a column's mean: a smaller standard deviation is rounding error, also in float32
 CLIP_SD = 3.0  # standard deviations; artefacts of 20 sd would waste the few bits of the encrypted network
+# Of a training draw for unseen patients: as many normal as abnormal beats; F and Q are rare and of few patients.
+CLASS_SHARES = {"N": 0.5, "S": 0.2, "V": 0.2, "F": 0.1, "Q": 0.1}
 Arrays = dict[str, tuple[np.ndarray, np.ndarray]]  # X and y of each of SPLITS, as load_arrays gives them
 
 
@@ -31,9 +33,32 @@ def array_name(split: str, kind: str) -> str:
     return f"Arryth_MITBIH_{split}_{kind}.npy"
 
 
-def fit_scaler(X: np.ndarray) -> dict[str, Any]:
-    """Mean and standard deviation of each column of the training part X (n, features), and the clip in deviations."""
-    mean, sd = X.mean(axis=0, dtype=np.float64), X.std(axis=0, dtype=np.float64)
+def draw_probability(beats: pd.DataFrame) -> np.ndarray:
+    """(n,) float64, sum 1: chance of each training row in a draw by class and record.
+
+    beats: columns record and aami (N and at least one other class of CLASS_SHARES). N has its share of CLASS_SHARES,
+    the abnormal classes that occur have the rest in proportion to theirs. Within a class a record's share is
+    proportional to the square root of its beats: between equal beats, where a few patients with thousands would decide
+    alone, and equal records, where one with three beats would. Rows of a record and class are equal.
+    """
+    aami = beats["aami"]
+    shares = pd.Series(CLASS_SHARES)[list(aami.unique())]
+    abnormal = shares.index != "N"
+    shares[abnormal] *= (1 - CLASS_SHARES["N"]) / shares[abnormal].sum()
+    weight = beats.groupby(["aami", "record"])["aami"].transform("size") ** -0.5  # n rows sum to the root of n
+    return (aami.map(shares) * weight / weight.groupby(aami).transform("sum")).to_numpy()
+
+
+def fit_scaler(X: np.ndarray, probability: np.ndarray | None = None) -> dict[str, Any]:
+    """Mean and standard deviation of each column of the training part X (n, features), and the clip in deviations.
+
+    probability: chance (n,) of each row in a training draw, which weighs the rows; None: all are equal.
+    """
+    if probability is None:
+        mean, sd = X.mean(axis=0, dtype=np.float64), X.std(axis=0, dtype=np.float64)
+    else:
+        mean = np.average(X, axis=0, weights=probability)
+        sd = np.sqrt(np.average((X - mean) ** 2, axis=0, weights=probability))
     return {
         "mean": mean.tolist(),
         "sd": np.where(sd > CONSTANT * np.abs(mean), sd, 1.0).tolist(),  # a constant column stays near 0

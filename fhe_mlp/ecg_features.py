@@ -339,13 +339,15 @@ def with_previous(rows: np.ndarray) -> np.ndarray:
 
 
 def beat_features(
-    signal: np.ndarray, fs: float, beats: np.ndarray, breaks: Any = ()
+    signal: np.ndarray, fs: float, beats: np.ndarray, breaks: Any = (), only: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
     """The features of FEATURES of a record's usable beats.
 
     signal: two leads in choose_leads' order, (samples, 2), in any unit of voltage (amplitudes are relative), NaN where
     missing; fs in Hz; beats: samples of the R peaks (n,), whole numbers in any order; breaks: (start, end) samples of
-    episodes without beats, start < end, which may be infinite.
+    episodes without beats, start < end, which may be infinite; only: indices in `beats` of those that have features,
+    as if the record had no others (in medians, templates and comparisons with the beat before); RR intervals stay
+    those of all beats. None: all.
     Returns features (m, 32) float32 in the order of time, the indices (m,) in `beats` of the usable ones, and the
     dropped ones counted by reason. Raises ValueError when the record cannot be used at all.
     """
@@ -354,6 +356,10 @@ def beat_features(
     filled, missing = fill_missing(signal)
     index, dropped = usable_beats(filled, missing, beats, breaks, -round(PR_S[0] * fs), round(T_S[1] * fs))
     dropped["annotated twice"] = repeated
+    if only is not None:
+        index = index[np.isin(order[index], only)]
+        if not len(index):
+            raise ValueError("has no usable beat among those asked for")
     rr = np.where(rr_known(signal, fs, beats, breaks), np.diff(beats) / fs, np.nan)
     at = beats[index]
     leads = []

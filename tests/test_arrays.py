@@ -6,6 +6,7 @@ import json
 import resource
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from fhe_mlp import arrays as arr
@@ -21,6 +22,24 @@ def test_scaler_uses_the_training_part_and_clips():
     assert (scaled[:, 1] == 0).all()
     assert arr.apply_scaler(np.array([100.0, 5]), scaler)[0] == arr.CLIP_SD
     assert scaled.dtype == np.float32
+
+
+def test_a_draw_has_its_shares_by_class_and_by_the_root_of_a_records_beats():
+    cells = {("a", "N"): 100, ("b", "N"): 4, ("a", "S"): 9, ("b", "S"): 1, ("b", "F"): 2}
+    beats = pd.DataFrame([cell for cell, n in cells.items() for _ in range(n)], columns=["record", "aami"])
+    beats["p"] = arr.draw_probability(beats)
+    shares = {("a", "N"): 0.5 * 10 / 12, ("b", "N"): 0.5 * 2 / 12, ("a", "S"): 0.25, ("b", "S"): 0.25 / 3}
+    got = beats.groupby(["record", "aami"])["p"].agg(["sum", "nunique"])
+    assert got["sum"].to_dict() == pytest.approx({**shares, ("b", "F"): 0.5 / 3})
+    assert (got["nunique"] == 1).all()
+
+
+def test_a_weighted_scaler_is_that_of_a_sample_with_repetitions():
+    times = np.array([1, 5, 2, 0, 4])
+    X = np.random.default_rng(0).normal(3, 2, (5, 3)).astype(np.float32)
+    weighted, repeated = arr.fit_scaler(X, times / times.sum()), arr.fit_scaler(np.repeat(X, times, axis=0))
+    for part in ("mean", "sd"):
+        np.testing.assert_allclose(weighted[part], repeated[part], rtol=1e-12)
 
 
 def test_loading_refuses_bad_arrays(arrays, tmp_path):

@@ -100,6 +100,25 @@ def test_amplitudes_are_relative_to_the_recording():
         np.testing.assert_allclose(one, other, atol=2e-3)
 
 
+def test_chosen_beats_are_measured_against_each_other_on_the_whole_records_clock():
+    times, _ = regular()
+    times -= 0.3 * (np.arange(len(times))[:, None] >= [9, 17, 25, 33]).sum(axis=1)  # these four come early
+    signal, beats = ecg(times, 360.0), np.rint(times * 360).astype(int)
+    whole, _ = features(signal, 360.0, beats)
+    X, index, _ = ef.beat_features(signal, 360.0, beats, only=np.arange(len(beats)))
+    np.testing.assert_array_equal(X, whole)
+    X, index, _ = ef.beat_features(signal, 360.0, beats, only=np.array([33, 25, 17, 9, 5]))
+    few = pd.DataFrame(X, columns=NAMES, index=index)
+    assert list(few.index) == [5, 9, 17, 25, 33]
+    for name in ("pre_RR", "pre_post", "pre_previous"):
+        np.testing.assert_array_equal(few[name], whole.loc[few.index, name], name)
+    assert few.loc[9, ["pre_local", "pre_mean"]].to_numpy() == pytest.approx([1, 0.5 / 0.56], abs=0.02)
+    assert whole.loc[9, "pre_local"] == pytest.approx(0.5 / 0.8, abs=0.02)
+    assert (few["corr_previous"] != whole.loc[few.index, "corr_previous"]).all()
+    with pytest.raises(ValueError, match="asked for"):
+        ef.beat_features(signal, 360.0, beats, only=np.array([0]))
+
+
 @settings(deadline=None, max_examples=15)
 @given(st.integers(8, 30), st.floats(1.2, 9), st.sampled_from(["break", "gap", "pause"]))
 def test_what_is_no_rr_interval_enters_no_feature_and_its_beats_are_kept(at, seconds, kind):
