@@ -1,4 +1,4 @@
-"""Turn the MIT-BIH Arrhythmia Database into a balanced binary data set of 32 features a beat.
+"""Turn the MIT-BIH Arrhythmia Database into a binary data set of 32 features a beat.
 
 Reads   WFDB records (.hea, .dat, .atr) from --records-dir; missing ones are downloaded from PhysioNet.
 Writes  to --data-dir: Arryth_MITBIH_{train,val,test}_{X,y}.npy (float32), beats.csv (which beat each row
@@ -30,13 +30,15 @@ import numpy as np
 import pandas as pd
 
 from fhe_mlp import ecg_features
-from fhe_mlp.arrays import BEATS, DESCRIPTION, SPLITS, apply_scaler, array_name, fit_scaler
+from fhe_mlp.arrays import BEATS, DESCRIPTION, SPLITS, apply_scaler, array_name, draw_probability, fit_scaler
 from fhe_mlp.cli import (
     ROOT,
+    SEED,
     InputError,
     check_writable,
     first_line,
     make_parser,
+    positive_float,
     positive_int,
     run,
     sha256,
@@ -60,6 +62,10 @@ DATABASE = "mitdb/1.0.0"  # PhysioNet name and version, for the download
 DOWNLOAD_ATTEMPTS = 3  # tries a file before giving up; finished files are kept
 BEATS_PER_CLASS = 12_074  # the methodology's 24,148 beats are 2 x 12,074
 TEST_SHARE, VAL_SHARE = 0.30, 0.20  # of all beats; of the beats that are left (as published)
+# N beats for each S beat in the copies of a record in which S is the majority or nearly so. DS1 has no such patient;
+# DS2 has one, 232, and there the medians that features are measured against are those of the arrhythmia.
+S_MAJORITY = (0.3, 0.8)
+MIN_S_BEATS = 30  # S beats that a record needs for its copies; medians of fewer beats are chance
 
 # WFDB's beat annotations (archive.physionet.org/physiobank/annotations.shtml) in the classes that WFDB's own evaluation
 # by ANSI/AAMI EC57 gives them (bxb.c): escape beats e, j, n are N, r is V, ? (learning) is Q. wfdb's table is_qrs also
@@ -197,10 +203,26 @@ def find_breaks(annotations: pd.DataFrame) -> list[tuple[float, float]]:
     return breaks + [(start, np.inf) for start in (episode, unreadable) if start is not None]
 
 
-def read_record(path: str, features: str = "relative") -> dict[str, Any]:
+def choose_s_majority(aami: np.ndarray, ratio: float, rng: np.random.Generator) -> np.ndarray:
+    """Rising positions in aami (m,), in the order of time, of all S beats and `ratio` times as many N beats.
+
+    N beats right after an S beat come first, since their RR intervals are those of a record full of S beats; the rest
+    is drawn at random. Where N beats are too few, all are taken.
+    """
+    s, n = np.flatnonzero(aami == "S"), np.flatnonzero(aami == "N")
+    after_s = np.isin(n - 1, s)
+    drawn = np.concatenate([rng.permutation(n[after_s]), rng.permutation(n[~after_s])])
+    return np.sort(np.concatenate([s, drawn[: round(min(ratio * len(s), len(n)))]]))
+
+
+def read_record(
+    path: str, features: str = "relative", s_majority: Sequence[float] = (), seed: int = SEED
+) -> dict[str, Any]:
     """One record as {"record", "leads", "beats": usable ones, "X": (m, 32), counts "dropped" and "noted", "paced"}.
 
-    features: a name of FEATURE_SETS.
+    features: a name of FEATURE_SETS; s_majority: ratios of N to S beats, for each of which a record of DS1 with at
+    least MIN_S_BEATS gets one of "copies", {name: (beats, X)}, with the relative features of choose_s_majority's beats
+    alone; seed: of that draw, which depends on nothing else than the record.
 
     A record that cannot be used (one lead, no beat annotations, flat or missing signal) is {"record", "skipped": why};
     one that cannot be read (truncated, not WFDB) raises InputError. Marks of one beat, as of two leads, count once; a
@@ -249,8 +271,24 @@ def read_record(path: str, features: str = "relative") -> dict[str, Any]:
     X, index = X[agreed], index[agreed]
     table = pd.DataFrame({"record": name, "sample": times[index], "symbol": beats["symbol"].to_numpy()[index]})
     table["aami"] = aami[index]
+    copies = {}
+    for ratio in s_majority if name in DS1 and (table["aami"] == "S").sum() >= MIN_S_BEATS else ():
+        chosen = choose_s_majority(aami[index], ratio, np.random.default_rng([seed, *name.encode()]))
+        with contextlib.suppress(ValueError):  # these beats alone may have no RR interval; then there is no copy
+            X_copy, _, _ = ecg_features.beat_features(signal, fs, times, breaks, only=index[chosen])
+            copy = f"{name}-S{ratio:g}"
+            copies[copy] = table.iloc[chosen].assign(record=copy), X_copy
     paced = bool((beats["symbol"] == PACED).any())
-    return {"record": name, "leads": leads, "beats": table, "X": X, "dropped": dropped, "noted": noted, "paced": paced}
+    return {
+        "record": name,
+        "leads": leads,
+        "beats": table,
+        "X": X,
+        "copies": copies,
+        "dropped": dropped,
+        "noted": noted,
+        "paced": paced,
+    }
 
 
 # ----------------------------------------------------------------------------------------------- features to a data set
@@ -284,10 +322,8 @@ def split_random(beats: pd.DataFrame, abnormal: Sequence[str], limit: int | None
     return {"train": train, "val": val, "test": test}
 
 
-def split_inter_patient(
-    beats: pd.DataFrame, abnormal: Sequence[str], limit: int | None, seed: int
-) -> dict[str, np.ndarray]:
-    """Row indices: balanced draw from DS1, whole DS1 records for validation, all of DS2 as it is."""
+def split_inter_patient(beats: pd.DataFrame, abnormal: Sequence[str], seed: int) -> dict[str, np.ndarray]:
+    """Row indices: every beat of `abnormal` and N, once; whole DS1 records for validation, DS2 for the test."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     wanted = beats["aami"].isin(["N", *abnormal])
@@ -302,10 +338,8 @@ def split_inter_patient(
     folds = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The least populated class")  # F and Q are rare; that is known
-        rest, val = next(folds.split(ds1, aami[ds1], records[ds1]))
-    rest = ds1[rest]
-    train = rest[draw_balanced(aami[rest], abnormal, limit, np.random.default_rng(seed))]
-    return {"train": train, "val": ds1[val], "test": test}
+        train, val = next(folds.split(ds1, aami[ds1], records[ds1]))
+    return {"train": ds1[train], "val": ds1[val], "test": test}
 
 
 # -------------------------------------------------------------------------------------------------- getting the records
@@ -378,9 +412,9 @@ def provide_records(folder: Path, may_download: bool) -> list[str]:
     return sorted(str(p.with_suffix("")) for p in folder.glob("[!.]*.hea"))
 
 
-def read_all(paths: list[str], features: str, workers: int) -> list[dict[str, Any]]:
-    """The records at `paths`, in that order, read by `workers` processes."""
-    read = functools.partial(read_record, features=features)
+def read_all(paths: list[str], workers: int, **options: Any) -> list[dict[str, Any]]:
+    """The records at `paths`, in that order, read by `workers` processes; options: of read_record."""
+    read = functools.partial(read_record, **options)
     from tqdm import tqdm
 
     with ProcessPoolExecutor(max(1, min(workers, len(paths)))) as pool:
@@ -398,7 +432,8 @@ def write_dataset(
     data_dir: Path, beats: pd.DataFrame, X: np.ndarray, rows: dict[str, np.ndarray], recipe: dict[str, Any]
 ) -> pd.DataFrame:
     """Scale, write the arrays, beats.csv and dataset.json, all or none, and return the counts by split and class."""
-    scaler = fit_scaler(X[rows["train"]])
+    by_draw = recipe["split"] == "inter-patient"  # its training part is balanced by a draw, the random one by itself
+    scaler = fit_scaler(X[rows["train"]], draw_probability(beats.iloc[rows["train"]]) if by_draw else None)
     table = pd.concat([beats.iloc[rows[s]].assign(split=s) for s in SPLITS])
     contents = {BEATS: table[["split", "record", "sample", "symbol", "aami"]].to_csv(index=False).encode()}
     for split in SPLITS:
@@ -438,15 +473,36 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--abnormal", nargs="+", choices=list("SVFQ"), default=list("SVFQ"), help="AAMI classes labelled 1"
     )
     parser.add_argument("--exclude-paced", action="store_true", help="leave out records with paced beats, as EC57 does")
-    parser.add_argument("--per-class", type=per_class, default=BEATS_PER_CLASS, help="most beats of a label, or 'all'")
+    parser.add_argument(
+        "--per-class",
+        type=per_class,
+        default=BEATS_PER_CLASS,
+        help="most beats of a label in the random split, or 'all'",
+    )
     parser.add_argument(
         "--split", choices=("random", "inter-patient"), default="random", help="beats or whole patients"
     )
+    parser.add_argument(
+        "--s-majority",
+        nargs="*",
+        type=positive_float,
+        default=list(S_MAJORITY),
+        metavar="RATIO",
+        help="N beats for each S beat in copies of inter-patient training records; without a number: no copies",
+    )
     parser.add_argument("--workers", type=positive_int, default=os.cpu_count(), help="processes that read records")
     args = parser.parse_args(argv)
+    inter_patient = args.split == "inter-patient"
+    if inter_patient and args.per_class != BEATS_PER_CLASS:
+        parser.error("--per-class: the inter-patient split has all beats; --split random draws")
+    if not (inter_patient and args.features == "relative" and "S" in args.abnormal):
+        if args.s_majority != list(S_MAJORITY):
+            parser.error("--s-majority needs --split inter-patient, --features relative and S in --abnormal")
+        args.s_majority = []
     check_writable(args.data_dir)
     started = time.monotonic()
-    records = read_all(provide_records(args.records_dir, not args.no_download), args.features, args.workers)
+    paths = provide_records(args.records_dir, not args.no_download)
+    records = read_all(paths, args.workers, features=args.features, s_majority=args.s_majority, seed=args.seed)
     skipped = {r["record"]: r["skipped"] for r in records if "skipped" in r}
     for name, reason in skipped.items():
         print(f"record {name} is left out: it {reason}", file=sys.stderr)
@@ -460,8 +516,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("no usable record is left; see --records-dir and --exclude-paced")
     beats = pd.concat([r["beats"] for r in used], ignore_index=True)
     X = np.concatenate([r["X"] for r in used])
-    split = split_random if args.split == "random" else split_inter_patient
-    rows = split(beats, args.abnormal, args.per_class, args.seed)
+    usable = len(beats)
+    if inter_patient:
+        rows = split_inter_patient(beats, args.abnormal, args.seed)
+        trained = set(beats["record"].iloc[rows["train"]])
+        copies = {name: copy for r in used if r["record"] in trained for name, copy in r["copies"].items()}
+        beats = pd.concat([beats, *(table for table, _ in copies.values())], ignore_index=True)
+        X = np.concatenate([X, *(X_copy for _, X_copy in copies.values())])
+        rows["train"] = np.concatenate([rows["train"], np.arange(usable, len(beats))])
+    else:
+        rows = split_random(beats, args.abnormal, args.per_class, args.seed)
     for part in SPLITS:
         if beats["aami"].iloc[rows[part]].eq("N").nunique() < 2:
             raise InputError(f"the {part} part has only one label; give more records, or other --abnormal classes")
@@ -471,7 +535,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "features": args.features,
         "abnormal": sorted(args.abnormal, key="SVFQ".index),
         "exclude_paced": args.exclude_paced,
-        "per_class": args.per_class or "all",
+        "per_class": "all" if inter_patient else args.per_class or "all",
         "split": args.split,
         "seed": args.seed,
         "records": [r["record"] for r in used],
@@ -482,14 +546,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         "records_with_other_leads": others,
         "leads": {r["record"]: r["leads"] for r in used},
     }
+    if inter_patient:
+        recipe |= {"s_majority": args.s_majority, "s_majority_copies": list(copies)}
     counts = write_dataset(args.data_dir, beats, X, rows, recipe)
     counts["rows"] = counts.sum(axis=1)
     counts["of other leads"] = [int(beats["record"].iloc[rows[split]].isin(others).sum()) for split in SPLITS]
     counts.loc["all"] = counts.sum()
     print(f"\n{counts.to_string()}\n")
-    print(
-        f"{len(used)} records, {len(beats)} usable beats; dropped: " + ", ".join(f"{n} {r}" for r, n in dropped.items())
-    )
+    print(f"{len(used)} records, {usable} usable beats; dropped: " + ", ".join(f"{n} {r}" for r, n in dropped.items()))
+    if inter_patient and copies:
+        print(f"train has {len(beats) - usable} rows of copies in which S beats are many: {', '.join(copies)}")
     for what, n in noted[noted > 0].items():
         print(f"{n} {what}")
     available = counts.loc["all", "rows"] // 2

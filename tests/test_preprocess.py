@@ -78,10 +78,50 @@ def test_inter_patient_split_keeps_patients_apart(records, tmp_path):
     assert by_split["test"] == {"100", "103"}
     assert by_split["train"] | by_split["val"] == {"101", "106", "108"}
     assert not by_split["train"] & by_split["val"]
-    train, val = (beats[beats["split"] == s] for s in ("train", "val"))
-    assert (train["aami"] == "N").mean() == 0.5
-    assert len(val) == (BEAT_COUNT - 2) * len(by_split["val"])  # every beat of the record that is held out
-    assert (beats["split"] == "test").sum() == 2 * (BEAT_COUNT - 2)
+    assert not beats.duplicated(["record", "sample"]).any()
+    for split, own in by_split.items():
+        assert (beats["split"] == split).sum() == (BEAT_COUNT - 2) * len(own)  # every usable beat
+    train = beats["split"] == "train"
+    X, _ = arr.load_arrays(tmp_path / "d")["train"]
+    probability = arr.draw_probability(beats[train])
+    free = np.abs(X).max(axis=0) < arr.CLIP_SD  # columns in which nothing was clipped
+    np.testing.assert_allclose(probability @ X[:, free], 0, atol=1e-5)
+    assert not np.allclose(X[:, free].mean(axis=0), 0, atol=1e-2)
+
+
+def test_training_records_of_many_s_beats_have_copies_in_which_these_are_the_majority(records, tmp_path, capsys):
+    symbols = ["N", "A", "N", "N", "V"] * 33
+    for seed, name in enumerate(("101", "106", "108", "100")):
+        make_record(records, name, seed=seed, symbols=symbols)
+    description, beats = build(records, tmp_path / "a", "--split", "inter-patient", "--s-majority", 0.3, 2)
+    originals = beats[~beats["record"].str.contains("-")]
+    trained = sorted(originals.loc[originals["split"] == "train", "record"].unique())
+    names = [f"{record}-S{ratio}" for record in trained for ratio in ("0.3", "2")]
+    assert len(trained) == 2
+    assert description["recipe"]["s_majority_copies"] == names
+    assert set(beats["record"]) == {*originals["record"], *names}
+    for name, copy in beats.drop(originals.index).groupby("record"):
+        record, ratio = name.split("-S")
+        own = originals[originals["record"] == record]
+        after_s = set(own.loc[own["aami"].shift() == "S", "sample"])
+        normal = set(copy.loc[copy["aami"] == "N", "sample"])
+        assert copy["aami"].value_counts().to_dict() == {"S": 33, "N": round(33 * float(ratio))}
+        assert (normal < after_s) if ratio == "0.3" else (after_s < normal)
+        assert set(copy["split"]) == {"train"}
+        assert set(zip(copy["sample"], copy["symbol"])) <= set(zip(own["sample"], own["symbol"]))
+        alone, X = pre.read_record(str(records / record), s_majority=[float(ratio)])["copies"][name]
+        np.testing.assert_array_equal(alone["sample"].astype(str), copy["sample"])
+        position = np.flatnonzero((beats["record"] == name)[beats["split"] == "train"])
+        scaled = arr.load_arrays(tmp_path / "a")["train"][0][position]
+        np.testing.assert_array_equal(scaled, arr.apply_scaler(X, description["scaler"]))
+    assert not pre.read_record(str(records / "100"), s_majority=[0.3])["copies"]  # of DS2
+
+    for options in (["--split", "inter-patient", "--s-majority"], ["--split", "random"]):
+        _, beats = build(records, tmp_path / "b", *options)
+        assert not beats["record"].str.contains("-").any()
+    base = ["--records-dir", records, "--data-dir", tmp_path / "c"]
+    assert "needs --split inter-patient" in refusal(main, [*base, "--s-majority", 0.5], capsys)
+    assert "--per-class" in refusal(main, [*base, "--split", "inter-patient", "--per-class", "all"], capsys)
 
 
 def test_options_compose(records, tmp_path):
