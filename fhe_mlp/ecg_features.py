@@ -441,4 +441,7 @@ def published_features(
         spread = np.rint(q[:, None] + (s - q)[:, None] * np.linspace(0, 1, 5)).astype(int)
         columns += [rr[index - 1], rr[index], *x[[p, t, r, s, q]], *np.stack([s - q, q - p, t - q, t - s]) / fs]
         columns += [*x[spread].T]
-    return np.column_stack(columns).astype(np.float32), order[index], dropped
+    X = np.column_stack(columns).astype(np.float32)
+    if not np.isfinite(X).all():
+        raise ValueError("has amplitudes that are no voltages")
+    return X, order[index], dropped

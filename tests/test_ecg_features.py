@@ -192,6 +192,13 @@ def test_records_without_usable_signal_say_why(spoil, reason):
         ef.beat_features(*(lambda s, b: (s, 360.0, b))(*spoil(ecg(times, 360.0), beats)))
 
 
+def test_amplitudes_beyond_all_numbers_are_refused():
+    times, beats = regular()
+    for features in (ef.beat_features, ef.published_features):
+        with pytest.raises(ValueError, match="no voltages"), np.errstate(all="ignore"):
+            features(1e299 * ecg(times, 360.0), 360.0, beats)
+
+
 def test_lead_names_decide_the_order():
     for names, order in (
         (["MLII", "V5"], (0, 1)),
