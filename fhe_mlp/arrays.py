@@ -75,6 +75,13 @@ def apply_scaler(X: np.ndarray, scaler: dict[str, Any]) -> np.ndarray:
 def read_array(path: Path, remedy: str) -> np.ndarray:
     """A .npy file of finite numbers. Raises InputError, which ends in `remedy`, for anything else."""
     try:
+        with path.open("rb") as file:
+            old = np.lib.format.read_magic(file) == (1, 0)
+            shape, _, dtype = (np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0)(
+                file
+            )
+        if not dtype.itemsize or min(shape, default=1) < 1:  # NumPy 1.26 divides by a size of 0, which ends the process
+            raise ValueError(f"{dtype} of shape {shape}")
         # np.load would also take archives and pickles, and memory for whatever size the header claims
         array = np.array(np.lib.format.open_memmap(path, mode="r"))
     except FileNotFoundError:
