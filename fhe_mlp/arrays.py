@@ -159,10 +159,21 @@ def expected_leads(data_dir: Path) -> dict[str, list[str]] | None:
 
 
 def beats_of(data_dir: Path) -> pd.DataFrame | None:
-    """Split, record, sample, symbol and AAMI class of each row that load_arrays gives, or None for arrays without."""
+    """Split, record, sample, symbol and AAMI class of each row that load_arrays gives, or None for arrays without.
+
+    Raises InputError for a file that is not such a list.
+    """
     if not (data_dir / DESCRIPTION).exists() or BEATS not in load_description(data_dir)["sha256"]:
         return None
-    return pd.read_csv(data_dir / BEATS, dtype=str, keep_default_na=False)
+    path, remedy = data_dir / BEATS, REMEDY.format(data_dir)
+    rows = {split: len(read_array(data_dir / array_name(split, "y"), remedy)) for split in SPLITS}
+    try:
+        beats = pd.read_csv(path, dtype=str, keep_default_na=False)[["split", "record", "sample", "symbol", "aami"]]
+        if beats["split"].value_counts().to_dict() != rows:
+            raise ValueError("other rows than the arrays")
+    except (ValueError, KeyError) as error:  # pandas' own errors are ValueErrors
+        raise InputError(f"{path}: is not the list of the arrays' beats ({first_line(error)}); {remedy}") from None
+    return beats
 
 
 def load_description(data_dir: Path) -> dict[str, Any]:

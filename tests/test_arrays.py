@@ -215,3 +215,24 @@ def test_a_description_that_means_something_else_is_refused(records, tmp_path):
         (folder / "dataset.json").write_text(json.dumps({**whole, **part}))
         with pytest.raises(cli.InputError, match="damaged"):
             arr.load_arrays(folder)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda beats: b"",
+        lambda beats: b"\xff\xfe\0",
+        lambda beats: beats + b"a,b,c,d,e,f,g\n",
+        lambda beats: beats.replace(b"aami", b"class"),
+        lambda beats: beats.rpartition(b"test")[0],
+        lambda beats: beats.replace(b"test", b"val"),
+    ],
+)
+def test_a_list_of_other_beats_is_refused(records, tmp_path, edit):
+    folder = tmp_path / "d"
+    main(["--records-dir", str(records), "--data-dir", str(folder)])
+    path = folder / "beats.csv"
+    assert set(arr.beats_of(folder)["split"]) == set(arr.SPLITS)
+    path.write_bytes(edit(path.read_bytes()))
+    with pytest.raises(cli.InputError, match="is not the list of the arrays' beats"):
+        arr.beats_of(folder)
