@@ -181,17 +181,19 @@ def load_description(data_dir: Path) -> dict[str, Any]:
     path = data_dir / DESCRIPTION
     try:
         description = json.loads(path.read_text())
-        files, scaler = set(dict(description["sha256"])), description["scaler"]
-        if not {array_name(split, kind) for split in SPLITS for kind in "Xy"} <= files:
-            raise ValueError
-        if any(Path(name).name != name for name in files):  # a path out of the folder
+        files, scaler = set(description["sha256"].keys()), description["scaler"]
+        ours = {array_name(split, kind) for split in SPLITS for kind in "Xy"}
+        if not ours <= files <= ours | {BEATS}:  # another could be a path out of the folder
             raise ValueError
         numbers = [*scaler["mean"], *scaler["sd"], scaler["clip_sd"]]
         if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
             raise ValueError
         if min(scaler["sd"]) <= 0 or scaler["clip_sd"] <= 0:
             raise ValueError
-        if not all(isinstance(f[key], str) for f in description["features"] for key in ("name", "unit", "formula")):
+        if not all(f[key].isprintable() for f in description["features"] for key in ("name", "unit", "formula")):
+            raise ValueError  # half a surrogate pair could not be exported
+        leads = description.get("recipe", {}).get("leads_expected", {})
+        if not all(isinstance(names, list) and all(map(str.isprintable, names)) for names in leads.values()):
             raise ValueError
         names = {feature["name"] for feature in description["features"]}
         if not len(scaler["mean"]) == len(scaler["sd"]) == len(description["features"]) == len(names):

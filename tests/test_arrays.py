@@ -211,6 +211,12 @@ def test_a_description_that_means_something_else_is_refused(records, tmp_path):
         {"scaler": {**scaler, "mean": [10**400, *scaler["mean"][1:]]}},
         {"scaler": {**scaler, "clip_sd": -3}},
         {"sha256": {**whole["sha256"], "../../dev/zero": "0" * 64}},
+        {"sha256": {**whole["sha256"], "..": "0" * 64}},
+        {"sha256": list(whole["sha256"].items())},
+        {"features": [{**features[0], "unit": "\ud800"}, *features[1:]]},
+        {"recipe": ["leads_expected"]},
+        {"recipe": {"leads_expected": ""}},
+        {"recipe": {"leads_expected": {"ch0": "MLII"}}},
     ):
         (folder / "dataset.json").write_text(json.dumps({**whole, **part}))
         with pytest.raises(cli.InputError, match="damaged"):
