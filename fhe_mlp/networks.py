@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -19,6 +20,7 @@ import numpy as np
 from fhe_mlp.cli import InputError, first_line, whole_file
 
 if TYPE_CHECKING:
+    import h5py
     import tf_keras
 
 Layers = list[tuple[np.ndarray, np.ndarray]]  # kernel (inputs, neurons) and bias (neurons,) of each Dense layer
@@ -61,6 +63,16 @@ def start_tensorflow(seed: int) -> Any:
     return tf_keras
 
 
+def claimed_bytes(dataset: h5py.Dataset, path: Path) -> int:
+    """Memory that reading a data set of the HDF5 file at `path` takes.
+
+    Raises ValueError unless it holds numbers, and in this file.
+    """
+    if dataset.file.filename != str(path) or dataset.external or dataset.is_virtual or dataset.dtype.kind not in "if":
+        raise ValueError(f"{dataset.name} holds no numbers of its own")
+    return math.prod(dataset.shape) * dataset.dtype.itemsize
+
+
 def load_mlp(path: Path, made_by: str, features: int | None = None) -> tf_keras.Sequential:
     """The network in an .h5 file, rebuilt here from its layer sizes and weights, so that no code in it can run.
 
@@ -80,6 +92,7 @@ def load_mlp(path: Path, made_by: str, features: int | None = None) -> tf_keras.
         inputs = int((first.get("batch_input_shape") or first["batch_shape"])[1])  # as Keras 2 and 3 name it
         if not 0 < inputs <= MOST_NEURONS:
             raise ValueError(f"{inputs} inputs")
+        width, parameters = inputs, 0
         model = tf_keras.Sequential([tf_keras.layers.Input((inputs,))])
         for layer in layers:
             config = layer["config"]
@@ -87,13 +100,22 @@ def load_mlp(path: Path, made_by: str, features: int | None = None) -> tf_keras.
                 activation, units = config["activation"], int(config["units"])
                 if activation != ("sigmoid" if layer is layers[-1] else "relu") or not 0 < units <= MOST_NEURONS:
                     raise ValueError(f"{units} neurons with activation {activation} in {config['name']}")
+                width, parameters = units, parameters + (width + 1) * units
+                if parameters > path.stat().st_size:  # a byte each at least; before Keras takes memory for them
+                    raise ValueError("it claims more weights than it can hold")
                 model.add(tf_keras.layers.Dense(units, activation, name=config["name"]))
             elif layer["class_name"] == "Dropout":
                 model.add(tf_keras.layers.Dropout(float(config["rate"]), name=config["name"]))
             elif layer["class_name"] != "InputLayer":
                 raise ValueError(f"layer {layer['class_name']}")
-        model.load_weights(path)
-    except (OSError, KeyError, IndexError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        with h5py.File(path) as file:  # Keras would take memory for whatever size the data sets claim
+            for layer in [layer for layer in model.layers if layer.weights]:
+                group = file["model_weights"][layer.name]
+                stored = [group[name] for name in group.attrs["weight_names"]]
+                if sum(claimed_bytes(dataset, path) for dataset in stored) > path.stat().st_size:
+                    raise ValueError("its weights claim to be larger than the file")
+                layer.set_weights([dataset[()] for dataset in stored])
+    except Exception as error:  # HDF5, json and Keras raise a dozen unrelated types
         raise InputError(
             f"{path}: is truncated or not a valid network of this pipeline ({first_line(error)}); {remedy}"
         ) from None

@@ -16,7 +16,8 @@ The last layer has no PBS; its accumulator times input step and scale, plus offs
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fhe_mlp.cli import InputError, first_line
+from fhe_mlp.networks import claimed_bytes
 
 if TYPE_CHECKING:
     import onnx
@@ -32,6 +34,7 @@ BITS = (2, 3, 4, 5, 6, 7)  # of weights and activations, as published
 TOLERATED_LOSS = 0.01  # of validation accuracy: networks at most so much below the best are ranked by their cost
 # Complexity of one PBS by rounding bits, measured at p_error 2^-13
 COMPLEXITY_OF_PBS = {2: 7.0e7, 3: 8.0e7, 4: 1.03e8, 5: 1.43e8, 6: 3.34e8, 7: 7.71e8}
+MOST_ACCUMULATOR_BITS = 32  # what an int32 holds; more in a file are a damaged number
 DOMAIN = "onnx.brevitas"  # of the Quant node that Concrete ML imports
 
 
@@ -141,39 +144,57 @@ def read_h5(path: Path, made_by: str) -> list[QuantizedNetwork]:
     """
     import h5py
 
-    networks = []
+    networks, claimed = [], 0
     try:
         with h5py.File(path) as file:
             for group in file.get("quantized", {}).values():
-                layers = tuple(
-                    QuantizedLayer(**{field.name: group[number][field.name][()] for field in fields(QuantizedLayer)})
-                    for number in sorted(group, key=int)
-                )
-                networks.append(check(QuantizedNetwork(**group.attrs, layers=layers)))
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+                layers = []
+                for number in sorted(group, key=int):
+                    stored = {field.name: group[number][field.name] for field in fields(QuantizedLayer)}
+                    claimed += sum(claimed_bytes(dataset, path) for dataset in stored.values())
+                    if claimed > path.stat().st_size:  # also where many names stand for the same values
+                        raise ValueError("its arrays claim to be larger than the file")
+                    values = {name: dataset[()] for name, dataset in stored.items()}
+                    layers.append(QuantizedLayer(**converted(QuantizedLayer, values)))
+                network = QuantizedNetwork(**converted(QuantizedNetwork, group.attrs), layers=tuple(layers))
+                networks.append(check(network))
+    except Exception as error:  # HDF5 and NumPy raise a dozen unrelated types
         raise InputError(
             f"{path}: its quantized networks are damaged ({first_line(error)}); make it with: {made_by}"
         ) from None
     return networks
 
 
+def converted(owner: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers and arrays that `owner`, one of the classes above, is made of, from NumPy's types to its own."""
+    types = {"int": operator.index, "float": float, "np.ndarray": np.asarray}
+    return {field.name: types[field.type](values[field.name]) for field in fields(owner) if field.type in types}
+
+
 def check(network: QuantizedNetwork) -> QuantizedNetwork:
     """The network itself. Raises ValueError when its parts do not fit together or hold what no training gives."""
-    if not network.layers or network.layers[0].weights.ndim != 2:
-        raise ValueError("has no layers")
+    if len(network.layers) < 2 or network.layers[0].weights.ndim != 2:
+        raise ValueError("has no hidden layer")
     widths = [network.features, *(layer.weights.shape[1] for layer in network.layers)]
     if widths[-1] != 1 or network.bits not in BITS or network.rounding_bits not in COMPLEXITY_OF_PBS:
         raise ValueError("is not a quantized network with one logit")
+    if network.input_bits not in BITS or not 0 < network.input_step < np.inf:
+        raise ValueError("an input of no known width or step")
     for index, layer in enumerate(network.layers):
         vectors = (layer.bias, layer.scale, layer.offset)
         if layer.weights.shape != (widths[index], widths[index + 1]) or {v.shape for v in vectors} != {
             (widths[index + 1],)
         }:
             raise ValueError(f"layer {index}: shapes that do not fit")
+        if [v.dtype for v in (layer.weights, *vectors)] != [np.int32, np.int32, np.float32, np.float32]:
+            raise ValueError(f"layer {index}: numbers of other types")
         hidden = index < len(network.layers) - 1
-        if not all(np.isfinite(v).all() for v in vectors) or (hidden and not layer.output_step > 0):
+        if not all(np.isfinite(v).all() for v in vectors) or (hidden and not 0 < layer.output_step < np.inf):
             raise ValueError(f"layer {index}: values that are not finite, or a step that is not positive")
-        if not 2 <= layer.weight_bits <= max(BITS) or np.abs(layer.weights).max() >= 2 ** (layer.weight_bits - 1):
+        if hidden and not (layer.output_bits in BITS and 0 < layer.accumulator_bits <= MOST_ACCUMULATOR_BITS):
+            raise ValueError(f"layer {index}: activations or accumulators of no known width")
+        top = 2 ** (layer.weight_bits - 1) - 1 if layer.weight_bits in BITS else 0
+        if not top or layer.weights.max() > top or layer.weights.min() < -top:
             raise ValueError(f"layer {index}: weights of more than {layer.weight_bits} bits")
     return network
 

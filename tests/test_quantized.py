@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 
 import numpy as np
 import onnx
@@ -140,12 +141,43 @@ def test_h5_holds_the_networks_beside_the_float_one_and_damage_is_refused(member
         lambda f: f["quantized/4/1/weights"].__setitem__((0, 0), 99),
         lambda f: f["quantized/4/0/scale"].__setitem__(0, np.nan),
         lambda f: f["quantized/4"].attrs.__setitem__("bits", 9),
+        lambda f: f["quantized/4"].attrs.__setitem__("input_bits", 10**6),
+        lambda f: f["quantized/4"].attrs.__setitem__("input_step", np.nan),
+        lambda f: f["quantized/4/0/accumulator_bits"].__setitem__((), 10**6),
+        lambda f: f["quantized/4/0/output_step"].__setitem__((), np.inf),
+        lambda f: f["quantized/4/1/weights"].__setitem__((0, 0), -(2**31)),
+        lambda f: stored_anew(f, "quantized/4/0/output_step", "x"),
+        lambda f: stored_anew(f, "quantized/4/0/scale", dtype="f4", shape=(2**36,), chunks=(64,)),
+        lambda f: stored_anew(f, "quantized/4/0/scale", dtype="f4", shape=(12,), external=[(str(path), 0, 48)]),
+        lambda f: [f.__setitem__(f"quantized/4/{n}", f["quantized/4/0"]) for n in range(3, 99)],
     ):
         path.write_bytes(whole)
         with h5py.File(path, "r+") as file:
             edit(file)
         with pytest.raises(cli.InputError, match=r"damaged .*; make it with: the command"):
             q.read_h5(path, "the command")
+    first = "model_weights/hidden_1/hidden_1/kernel:0"
+    deep = {"config": {"layers": [json.loads(json.dumps(LAYER).replace("NAME", f"n{k}")) for k in range(200)]}}
+    for edit in (
+        lambda f: f.attrs.__setitem__("model_config", "[" * 60_000),
+        lambda f: f.attrs.__setitem__("model_config", json.dumps(deep)),  # 13 GB
+        lambda f: stored_anew(f, first, dtype="f4", shape=(2**36,), chunks=(64,)),
+        lambda f: stored_anew(f, first, dtype="f4", shape=(32, 12), external=[(str(path), 0, 1536)]),
+    ):
+        path.write_bytes(whole)
+        with h5py.File(path, "r+") as file:
+            edit(file)
+        with pytest.raises(cli.InputError, match=r"not a valid network .*; make it with: the command"):
+            networks.load_mlp(path, "the command")
+
+
+LAYER = {"class_name": "Dense", "config": {"name": "NAME", "units": 4096, "activation": "relu", "batch_shape": [0, 32]}}
+
+
+def stored_anew(file, name, *args, **kwargs):
+    """Another data set in place of that of an .h5 file."""
+    del file[name]
+    file.create_dataset(name, data=args[0]) if args else file.create_dataset(name, **kwargs)
 
 
 def test_training_gains_what_quantization_lost(arrays, keras_once):
