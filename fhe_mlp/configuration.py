@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from fhe_mlp.arrays import Arrays
 from fhe_mlp.cli import InputError, digest, first_line
-from fhe_mlp.quantized import QuantizedNetwork, from_onnx
+from fhe_mlp.quantized import QuantizedNetwork, from_onnx, quant_function
 
 if TYPE_CHECKING:
     import onnx
@@ -63,29 +64,45 @@ def versions() -> dict[str, Any]:
     return {"result_version": RESULT_VERSION, **libraries}
 
 
+def read_graph(path: Path, functions: Sequence[onnx.FunctionProto]) -> onnx.ModelProto:
+    """A checked ONNX file with no other functions; data outside the file is not followed.
+
+    Raises ValueError and what the parsers of protobuf and ONNX raise, a dozen unrelated types.
+    """
+    import onnx
+    from onnx.external_data_helper import uses_external_data
+
+    model = onnx.load_model(path, load_external_data=False)
+    if list(model.functions) != list(functions):  # on one that calls itself ONNX's checker ends the process
+        raise ValueError("it holds other functions")
+    if any(map(uses_external_data, model.graph.initializer)):  # which numpy_helper would look for in this folder
+        raise ValueError("its weights are in another file")
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
 def load_network(path: Path, features: int) -> onnx.ModelProto:
     """A checked ONNX file of step 4: MatMul/Gemm, Add and Relu layers from `features` inputs to one sigmoid.
 
-    Raises InputError for anything else; data outside the file is not followed.
+    Raises InputError for anything else.
     """
-    import onnx
     from onnx import numpy_helper
 
     if not path.exists():
         raise InputError(f"{path}: not found; {REMEDY}")
     try:
-        model = onnx.load_model(path, load_external_data=False)
-        onnx.checker.check_model(model, full_check=True)
-        shapes = [
-            [d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*model.graph.input, *model.graph.output)
-        ]
+        model = read_graph(path, [])
+        inputs, outputs = (
+            [[d.dim_value for d in value.type.tensor_type.shape.dim][1:] for value in values]
+            for values in (model.graph.input, model.graph.output)
+        )
         finite = all(np.isfinite(numpy_helper.to_array(w)).all() for w in model.graph.initializer)
-    except Exception as error:  # the parsers of protobuf and ONNX raise a dozen unrelated types
+    except Exception as error:
         raise InputError(f"{path}: is truncated or not a valid ONNX network ({first_line(error)}); {REMEDY}") from None
     nodes = [node.op_type for node in model.graph.node]
-    if [s[1:] for s in shapes] != [[features], [1]] or set(nodes[:-1]) - {"MatMul", "Gemm", "Add", "Relu"}:
+    if (inputs, outputs) != ([[features]], [[1]]) or set(nodes[:-1]) - {"MatMul", "Gemm", "Add", "Relu"}:
         raise InputError(f"{path}: is not an MLP from the arrays' {features} features to one output; {REMEDY}")
-    if nodes[-1] != "Sigmoid":
+    if nodes[-1:] != ["Sigmoid"]:
         raise InputError(f"{path}: does not end in a sigmoid; {REMEDY}")
     if not finite:
         raise InputError(f"{path}: holds NaN or infinite weights; {REMEDY}")
@@ -99,16 +116,13 @@ def quantized_path(path: Path, bits: int) -> Path:
 
 def load_quantized(path: Path, features: int) -> tuple[onnx.ModelProto, QuantizedNetwork]:
     """A quantized network of step 4, as a graph and as integers. Raises InputError for anything else."""
-    import onnx
-
     try:
-        model = onnx.load_model(path, load_external_data=False)
-        onnx.checker.check_model(model, full_check=True)
+        model = read_graph(path, [quant_function()])
         network = from_onnx(model)
         if network.features != features:
             raise ValueError(f"{network.features} features; the arrays have {features}")
         return model, network
-    except Exception as error:  # the parsers of protobuf and ONNX raise a dozen unrelated types
+    except Exception as error:
         raise InputError(f"{path}: is not a valid quantized network ({first_line(error)}); {REMEDY}") from None
 
 

@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 import pandas as pd
 import pytest
+from conftest import small_network
 
 import dynamic_pruning_eval as step3
 import h5_onnx_converter as step4
@@ -178,6 +179,74 @@ def stored_anew(file, name, *args, **kwargs):
     """Another data set in place of that of an .h5 file."""
     del file[name]
     file.create_dataset(name, data=args[0]) if args else file.create_dataset(name, **kwargs)
+
+
+def recursive(model):
+    """A function that calls itself, on which ONNX's checker ends the process."""
+    quant = model.functions[0]
+    quant.node.add(op_type=quant.name, domain=quant.domain, input=quant.input, output=["again"])
+    quant.opset_import.add(domain=quant.domain, version=1)
+
+
+def put(values, **changed):
+    """Change values of an ONNX graph's metadata."""
+    for entry in values.metadata_props:
+        entry.value = changed.get(entry.key, entry.value)
+
+
+def elsewhere(model):
+    """Move the first weights into another file."""
+    onnx.external_data_helper.set_external_data(model.graph.initializer[-1], "weights.bin")
+
+
+def set_initializer(model, name, value):
+    """Change one constant of an ONNX graph."""
+    one = next(v for v in model.graph.initializer if v.name == name)
+    one.CopyFrom(onnx.numpy_helper.from_array(np.float32(value), name))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        recursive,
+        elsewhere,
+        lambda model: put(model, accumulator_bits=""),
+        lambda model: put(model, accumulator_bits="99999999999 9"),
+        lambda model: set_initializer(model, "features.bits", 1e30),
+        lambda model: set_initializer(model, "layer_0.output.bits", 1e30),
+        lambda model: set_initializer(model, "layer_0.weights.step", 0),
+        lambda model: model.graph.ClearField("node"),
+    ],
+)
+def test_damaged_graphs_are_refused(members, tmp_path, monkeypatch, edit):
+    model = q.to_onnx(members[1], 14)
+    path = configuration.quantized_path(tmp_path / "x.onnx", 4)
+    path.parent.mkdir()
+    onnx.save(model, path)
+    setting, rows = configuration.Setting(6, 2.0**-13, 0.0), random_rows(50)
+    options = (tmp_path / "x.onnx", 4, setting, {"train": (rows, None)}, rows, {})
+    assert configuration.load_configuration(*options).trained
+    edit(model)
+    onnx.save(model, path)
+    (tmp_path / "weights.bin").write_bytes(bytes(10_000))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(cli.InputError, match="not a valid quantized network"):
+        configuration.load_configuration(*options)
+
+
+@pytest.mark.parametrize("part", ["node", "output"])
+def test_a_graph_without_nodes_or_output_is_no_network(tmp_path, part):
+    path = small_network(tmp_path / "x.onnx")
+    model = onnx.load(path)
+    if part == "node":
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((1, 1), np.float32), "y"))
+    else:
+        model.graph.input.append(model.graph.output[0])
+        model.graph.input[1].name = "other"
+    model.graph.ClearField(part)
+    onnx.save(model, path)
+    with pytest.raises(cli.InputError, match="sigmoid|MLP"):
+        configuration.load_network(path, 32)
 
 
 def test_training_gains_what_quantization_lost(arrays, keras_once):
