@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import struct
 import sys
 import tempfile
 import warnings
@@ -28,6 +29,7 @@ START_UP_NOISE = re.compile(
     r"^I\d{4} | I tensorflow|Unable to register cu|computation placer already|cuInit|"
     r"All log messages before absl|^To enable the following instructions"
 )
+HEAP = re.compile(rb"GCOL\x01...(.{8})", re.DOTALL)  # start of a global heap of an HDF5 file, and its size
 MOST_NEURONS = 4096  # a layer, inputs too; more in a file are a damaged number
 
 
@@ -63,6 +65,26 @@ def start_tensorflow(seed: int) -> Any:
     return tf_keras
 
 
+def open_h5(path: Path) -> h5py.File:
+    """An .h5 file to read. Raises ValueError for damage on which the HDF5 library stays for ever, deaf to Ctrl-C.
+
+    It walks through the global heaps, which hold all texts, from item to item: index (0: free space, to the end) and
+    size. Zeros, as of a part that was never written, are free space of size 0.
+    """
+    import h5py
+
+    content, place = path.read_bytes(), 0
+    while heap := HEAP.search(content, place):
+        place, end = heap.end(), heap.start() + int.from_bytes(heap[1], "little")
+        while place + 16 <= end:
+            index, size = struct.unpack_from("<H6xQ", content, place)
+            step = 16 + -(-size // 8) * 8 if index else size
+            if not 0 < step <= end - place:
+                raise ValueError("a heap of its texts is damaged")
+            place += step
+    return h5py.File(path)
+
+
 def claimed_bytes(dataset: h5py.Dataset, path: Path) -> int:
     """Memory that reading a data set of the HDF5 file at `path` takes.
 
@@ -79,14 +101,13 @@ def load_mlp(path: Path, made_by: str, features: int | None = None) -> tf_keras.
     Raises InputError unless it is a sequence of Dense (ReLU, at the end one sigmoid) and Dropout layers, on `features`
     inputs where that is given, all weights finite; `made_by` is the command that makes the file.
     """
-    import h5py
     import tf_keras
 
     remedy = f"make it with: {made_by}"
     if not path.exists():
         raise InputError(f"{path}: not found; {remedy}")
     try:
-        with h5py.File(path) as file:
+        with open_h5(path) as file:
             layers = json.loads(file.attrs["model_config"])["config"]["layers"]
         first = layers[0]["config"]
         inputs = int((first.get("batch_input_shape") or first["batch_shape"])[1])  # as Keras 2 and 3 name it
@@ -108,7 +129,7 @@ def load_mlp(path: Path, made_by: str, features: int | None = None) -> tf_keras.
                 model.add(tf_keras.layers.Dropout(float(config["rate"]), name=config["name"]))
             elif layer["class_name"] != "InputLayer":
                 raise ValueError(f"layer {layer['class_name']}")
-        with h5py.File(path) as file:  # Keras would take memory for whatever size the data sets claim
+        with open_h5(path) as file:  # Keras would take memory for whatever size the data sets claim
             for layer in [layer for layer in model.layers if layer.weights]:
                 group = file["model_weights"][layer.name]
                 stored = [group[name] for name in group.attrs["weight_names"]]

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fhe_mlp.cli import InputError, first_line
-from fhe_mlp.networks import claimed_bytes
+from fhe_mlp.networks import claimed_bytes, open_h5
 
 if TYPE_CHECKING:
     import onnx
@@ -142,11 +142,9 @@ def read_h5(path: Path, made_by: str) -> list[QuantizedNetwork]:
 
     Raises InputError for a damaged group.
     """
-    import h5py
-
     networks, claimed = [], 0
     try:
-        with h5py.File(path) as file:
+        with open_h5(path) as file:
             for group in file.get("quantized", {}).values():
                 layers = []
                 for number in sorted(group, key=int):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import struct
 
 import numpy as np
 import onnx
@@ -170,6 +171,17 @@ def test_h5_holds_the_networks_beside_the_float_one_and_damage_is_refused(member
             edit(file)
         with pytest.raises(cli.InputError, match=r"not a valid network .*; make it with: the command"):
             networks.load_mlp(path, "the command")
+
+
+@pytest.mark.parametrize("item", [(0, 0), (0, 2**64 - 16), (1, 2**64 - 16)])
+def test_a_heap_that_hdf5_would_walk_through_for_ever_is_refused(keras_once, tmp_path, item):
+    path = tmp_path / "x.h5"
+    content = bytearray(networks.mlp_bytes(networks.build(float_layers((32, 3, 1)))))
+    struct.pack_into("<H6xQ", content, content.index(b"GCOL") + 16, *item)
+    path.write_bytes(content)
+    for read in (networks.load_mlp, q.read_h5):
+        with pytest.raises(cli.InputError, match="heap of its texts is damaged"):
+            read(path, "the command")
 
 
 LAYER = {"class_name": "Dense", "config": {"name": "NAME", "units": 4096, "activation": "relu", "batch_shape": [0, 32]}}
