@@ -10,6 +10,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 import tracemalloc
 import zipfile
 
@@ -294,6 +295,14 @@ def test_what_a_beats_file_could_mean_in_two_ways_is_refused_with_its_place(tmp_
         client.read_beats(tmp_path / "beats.csv", NAMES)
     assert str(refusal.value).startswith(str(tmp_path / "beats.csv"))
     assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_a_long_cell_that_is_no_number_is_refused_at_once(tmp_path):
+    (tmp_path / "beats.csv").write_text(f"a,b,c\n1,2,{'1' * 20_000}x\n")
+    started = time.monotonic()
+    with pytest.raises(boxes.Refusal, match="column c"):
+        client.read_beats(tmp_path / "beats.csv", NAMES)
+    assert time.monotonic() - started < 2
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -29,7 +29,7 @@ from boxes import Refusal, check_output, first_line, read_box, run, same, sha256
 
 HERE = Path(__file__).resolve().parent
 CLIENT, MODEL = HERE / "client.zip", HERE / "model.json"
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)  # float() would also take 1_000, nan and inf
+NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)  # float() would also take 1_000, nan and inf
 GROUPED = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+", re.ASCII)  # 1,234: a thousand or a decimal, nobody can say
 FAR_SD = 10.0  # standard deviations from the training mean; a column with most of its values beyond: another unit
 
