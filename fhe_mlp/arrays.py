@@ -6,6 +6,7 @@ dataset.json describes what preprocess_mitbih.py made; arrays made elsewhere com
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -21,6 +22,7 @@ SPLITS = ("train", "val", "test")
 BEATS = "beats.csv"  # which beat each row of the arrays is, in their order; only beside dataset.json
 DESCRIPTION = "dataset.json"  # of the folder: recipe, features, scaler, checksums
 REMEDY = "make it with: python preprocess_mitbih.py --data-dir {}"
+HEADER_BYTES = 20_000  # of an array; NumPy takes none that is longer
 CONSTANT = 1e-6  # of a column's mean: a smaller standard deviation is rounding error, also in float32
 CLIP_SD = 3.0  # standard deviations; artefacts of 20 sd would waste the few bits of the encrypted network
 # Of a training draw for unseen patients: as many normal as abnormal beats; F and Q are rare and of few patients.
@@ -76,10 +78,9 @@ def read_array(path: Path, remedy: str) -> np.ndarray:
     """A .npy file of finite numbers. Raises InputError, which ends in `remedy`, for anything else."""
     try:
         with path.open("rb") as file:
-            old = np.lib.format.read_magic(file) == (1, 0)
-            shape, _, dtype = (np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0)(
-                file
-            )
+            start = io.BytesIO(file.read(HEADER_BYTES))  # a header may claim 4 GB for itself
+        old, new = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
+        shape, _, dtype = {(1, 0): old, (2, 0): new, (3, 0): new}[np.lib.format.read_magic(start)](start)
         if not dtype.itemsize or min(shape, default=1) < 1:  # NumPy 1.26 divides by a size of 0, which ends the process
             raise ValueError(f"{dtype} of shape {shape}")
         # np.load would also take archives and pickles, and memory for whatever size the header claims

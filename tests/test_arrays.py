@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import tracemalloc
 
 import numpy as np
 import pandas as pd
@@ -194,6 +195,27 @@ def test_a_header_that_claims_a_terabyte_allocates_nothing(arrays, tmp_path):
             arr.load_arrays(folder)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.parametrize("version", [b"\1\xff", b"\2\0", b"\3\0"])
+def test_a_header_that_claims_gigabytes_for_itself_takes_no_memory(arrays, tmp_path, version):
+    folder = copied(arrays, tmp_path)
+    (folder / arr.array_name("train", "X")).write_bytes(b"\x93NUMPY" + version + b"\xff\xff\xff\x7f{" + bytes(100))
+    tracemalloc.start()
+    try:
+        with pytest.raises(cli.InputError, match="truncated"):
+            arr.load_arrays(folder)
+        assert tracemalloc.get_traced_memory()[1] < 10**7
+    finally:
+        tracemalloc.stop()
+
+
+def test_versions_2_and_3_of_npy_load(arrays, tmp_path):
+    folder, want = copied(arrays, tmp_path), arr.load_arrays(arrays)
+    for split, version in (("train", (2, 0)), ("test", (3, 0))):
+        with (folder / arr.array_name(split, "X")).open("wb") as file:
+            np.lib.format.write_array(file, np.load(arrays / arr.array_name(split, "X")), version)
+    np.testing.assert_array_equal(arr.load_arrays(folder)["test"][0], want["test"][0])
 
 
 def test_a_description_that_means_something_else_is_refused(records, tmp_path):
