@@ -211,6 +211,12 @@ def elsewhere(model):
     onnx.external_data_helper.set_external_data(model.graph.initializer[-1], "weights.bin")
 
 
+def without_nodes(model):
+    """The output is a constant."""
+    model.graph.ClearField("node")
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((1, 1), np.float32), "probability"))
+
+
 def set_initializer(model, name, value):
     """Change one constant of an ONNX graph."""
     one = next(v for v in model.graph.initializer if v.name == name)
@@ -222,12 +228,11 @@ def set_initializer(model, name, value):
     [
         recursive,
         elsewhere,
-        lambda model: put(model, accumulator_bits=""),
         lambda model: put(model, accumulator_bits="99999999999 9"),
         lambda model: set_initializer(model, "features.bits", 1e30),
         lambda model: set_initializer(model, "layer_0.output.bits", 1e30),
         lambda model: set_initializer(model, "layer_0.weights.step", 0),
-        lambda model: model.graph.ClearField("node"),
+        without_nodes,
     ],
 )
 def test_damaged_graphs_are_refused(members, tmp_path, monkeypatch, edit):
@@ -244,6 +249,11 @@ def test_damaged_graphs_are_refused(members, tmp_path, monkeypatch, edit):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(cli.InputError, match="not a valid quantized network"):
         configuration.load_configuration(*options)
+
+
+def test_a_network_without_hidden_layer_is_refused(members):
+    with pytest.raises(ValueError, match="hidden"):
+        q.check(dataclasses.replace(members[1], layers=members[1].layers[-1:]))
 
 
 @pytest.mark.parametrize("part", ["node", "output"])
