@@ -118,6 +118,8 @@ def load_quantized(path: Path, features: int) -> tuple[onnx.ModelProto, Quantize
     """A quantized network of step 4, as a graph and as integers. Raises InputError for anything else."""
     try:
         model = read_graph(path, [quant_function()])
+        if [node.op_type for node in model.graph.node][-1:] != ["Sigmoid"] or len(model.graph.output) != 1:
+            raise ValueError("does not end in one sigmoid")
         network = from_onnx(model)
         if network.features != features:
             raise ValueError(f"{network.features} features; the arrays have {features}")
