@@ -1,4 +1,6 @@
 # make             set up .venv and run steps 1 to 5 on the shipped data; a step reruns when what it depends on changed
+# make patients    the same for patients that training has not seen, in patients/ and beside the results of make; needs
+#                  the records (downloads them like make data, or: make patients MITDB_DIR=folder)
 # make test        set up .venv and run the tests
 # make bench       measure the front against default PTQ and other models (after make)
 # make data        rebuild data/ from the MIT-BIH records (downloads 94 MB into data/mitdb when they are not there)
@@ -6,16 +8,25 @@
 # make clean       remove the results, keep .venv and data/
 
 .DELETE_ON_ERROR:
-.PHONY: all test bench data constraints lint clean
+.PHONY: all patients test bench data constraints lint clean
 
 CHECK := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 13))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
 	$$p -c '$(CHECK)' 2>/dev/null && echo $$p && break; done)
 RUN := .venv/bin/python
 INSTALL := $(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt
-ARRAYS := $(wildcard data/*.npy) data/dataset.json
 
-all: .fhe.stamp
+# P is the folder, with its slash, of results from other arrays than the shipped ones, which lie in its data/.
+P :=
+OPTIONS := $(if $P,--data-dir $Pdata --workdir $P)
+ARRAYS := $(if $P,$Pdata/dataset.json,$(wildcard data/*.npy) data/dataset.json)
+RECORDS := $(if $(MITDB_DIR),--records-dir $(MITDB_DIR) --no-download)
+step = $(strip $(RUN) $1 $(OPTIONS) $2)
+
+all: $P.fhe.stamp
+
+patients: all
+	$(MAKE) P=patients/ all
 
 .venv/.ready: requirements.txt constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: Python 3.10, 3.11 or 3.12 with venv is needed; name one: make PYTHON=python3.11" >&2; exit 2; }
@@ -29,32 +40,35 @@ all: .fhe.stamp
 	@touch $@
 
 # Each step names what its numbers depend on, and no more: how results look is step 5's alone.
-MLP_model_0.h5: MLP_model_0.py fhe_mlp/arrays.py fhe_mlp/networks.py $(ARRAYS) | .venv/.ready
-	$(RUN) MLP_model_0.py
+$PMLP_model_0.h5: MLP_model_0.py fhe_mlp/arrays.py fhe_mlp/networks.py fhe_mlp/ec57.py $(ARRAYS) | .venv/.ready
+	$(call step,MLP_model_0.py)
 
-tf_pruned_model.h5: TF_pruning.py MLP_model_0.h5 | .venv/.ready
-	$(RUN) TF_pruning.py
+$Ptf_pruned_model.h5: TF_pruning.py $PMLP_model_0.h5 | .venv/.ready
+	$(call step,TF_pruning.py)
 
-dynamic_pruning_results.xlsx: dynamic_pruning_eval.py fhe_mlp/neuron_removal.py fhe_mlp/quantized.py fhe_mlp/qat.py \
-		tf_pruned_model.h5 | .venv/.ready
-	$(RUN) dynamic_pruning_eval.py
+$Pdynamic_pruning_results.xlsx: dynamic_pruning_eval.py fhe_mlp/neuron_removal.py fhe_mlp/quantized.py fhe_mlp/qat.py \
+		$Ptf_pruned_model.h5 | .venv/.ready
+	$(call step,dynamic_pruning_eval.py)
 
 # The files of steps 4 and 5 have names that follow the results, and step 5's must survive an interrupt: stamps.
-.onnx.stamp: h5_onnx_converter.py dynamic_pruning_results.xlsx | .venv/.ready
-	$(RUN) h5_onnx_converter.py
+$P.onnx.stamp: h5_onnx_converter.py $Pdynamic_pruning_results.xlsx | .venv/.ready
+	$(call step,h5_onnx_converter.py)
 	@touch $@
 
 # What is finished is in its database: with nothing missing it only writes the workbooks and pictures anew.
-.fhe.stamp: fhe_experiments.py $(addprefix fhe_mlp/,configuration.py circuit.py cluster.py store.py report.py) \
-		.onnx.stamp | .venv/.ready
-	$(RUN) fhe_experiments.py
+$P.fhe.stamp: fhe_experiments.py $(addprefix fhe_mlp/,configuration.py circuit.py cluster.py store.py report.py steps.py) \
+		$P.onnx.stamp | .venv/.ready
+	$(call step,fhe_experiments.py,$(if $P,--beside .))
 	@touch $@
+
+patients/data/dataset.json: preprocess_mitbih.py fhe_mlp/ecg_features.py fhe_mlp/arrays.py | .venv/.ready
+	$(RUN) preprocess_mitbih.py --abnormal S V F --split inter-patient --data-dir patients/data $(RECORDS)
 
 bench: .fhe.stamp .venv/.bench-ready
 	$(RUN) tests/benchmark.py
 
 data: .venv/.ready
-	$(RUN) preprocess_mitbih.py
+	$(strip $(RUN) preprocess_mitbih.py $(RECORDS))
 
 test: .venv/.ready
 	$(RUN) -m pytest
@@ -70,6 +84,6 @@ constraints: .venv/.ready
 		requirements.txt requirements-bench.txt --output-file constraints.txt
 
 clean:
-	rm -rf quantized
-	rm -f MLP_model_0.h5 MLP_model_0_* tf_pruned_model* dynamic_pruning_*.png dynamic_pruning_*.xlsx pruned_model_top_* \
-		fhe_results.sqlite results_batch_*.xlsx fhe_summary.xlsx fhe_*.png .onnx.stamp .fhe.stamp
+	rm -rf quantized patients
+	rm -f MLP_model_0.h5 MLP_model_0_* tf_pruned_model* $(filter-out %.py,$(wildcard dynamic_pruning_*)) pruned_model_top_* \
+		fhe_results.sqlite results_batch_*.xlsx fhe_summary.xlsx fhe_*.png fhe_steps.csv .onnx.stamp .fhe.stamp

@@ -2,9 +2,10 @@
 
 Structured: whole blocks of a neuron's incoming weights are zeroed together, because the cost of
 an encrypted network falls only with its neurons; step 3 removes those with the most zeros. The output layer is left
-whole.
+whole. Training rows are drawn and the features noised as in step 1.
 
-Reads   MLP_model_0.h5 in --workdir (python MLP_model_0.py makes it) and the arrays in --data-dir
+Reads   MLP_model_0.h5 and MLP_model_0_metrics.json in --workdir (python MLP_model_0.py makes them) and the arrays in
+        --data-dir
 Writes  to --workdir: tf_pruned_model.h5, tf_pruned_model_metrics.json, tf_pruned_model_training.png
 Run     python TF_pruning.py
 """
@@ -20,10 +21,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from fhe_mlp.arrays import load_arrays
+from fhe_mlp import ec57
+from fhe_mlp.arrays import load_arrays, rows_of, training_probability
 from fhe_mlp.cli import check_writable, make_parser, positive_float, positive_int, run, write_json
-from fhe_mlp.networks import accuracy, balanced_weights, epoch_progress, load_mlp, save_mlp, start_tensorflow
-from fhe_mlp.report import save_figure
+from fhe_mlp.networks import (
+    balanced_weights,
+    decisions,
+    epoch_progress,
+    epoch_rows,
+    load_mlp,
+    logit_shift,
+    save_mlp,
+    shift_logit,
+    start_tensorflow,
+    training_draws,
+)
+from fhe_mlp.pictures import save_figure
 
 if TYPE_CHECKING:
     import tf_keras
@@ -146,7 +159,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--initial-sparsity", type=share, default=INITIAL_SPARSITY, help="zero weights at the start")
     parser.add_argument("--final-sparsity", type=share, default=FINAL_SPARSITY, help="zero weights at the end")
-    parser.add_argument("--epochs", type=positive_int, default=EPOCHS, help="passes over the training part")
+    parser.add_argument(
+        "--epochs", type=positive_int, default=EPOCHS, help="of as many drawn rows as a balanced training part has"
+    )
     parser.add_argument("--batch-size", type=positive_int, default=BATCH_SIZE, help="beats a gradient step")
     parser.add_argument("--learning-rate", type=positive_float, default=LEARNING_RATE, help="of Adam")
     args = parser.parse_args(argv)
@@ -158,11 +173,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     from tensorflow_model_optimization.sparsity.keras import UpdatePruningStep, strip_pruning
 
     model = load_mlp(args.workdir / "MLP_model_0.h5", "python MLP_model_0.py", data["train"][0].shape[1])
-    stages = {"before": {part: accuracy(model, *data[part]) for part in ("val", "test")}}
+    shift = logit_shift(args.workdir)
+    beats, named = rows_of(args.data_dir, data)
 
+    def figures(network: tf_keras.Sequential) -> dict[str, Any]:
+        return {
+            part: ec57.figures(data[part][1], decisions(network, data[part][0]), beats[part] if named else None)
+            for part in ("val", "test")
+        }
+
+    stages = {"before": figures(model)}
+    shift_logit(model, -shift)  # labels know nothing of a chosen threshold
     (X, y), (X_val, y_val) = data["train"], data["val"]
     rows = None if args.block_rows == "neuron" else int(args.block_rows)
-    steps = args.epochs * math.ceil(len(X) / args.batch_size)
+    steps = args.epochs * math.ceil(epoch_rows(y) / args.batch_size)
     wrapped = wrap_for_pruning(model, rows, steps, (args.initial_sparsity, args.final_sparsity))
     wrapped.compile(
         keras.optimizers.Adam(args.learning_rate), "binary_crossentropy", metrics=["accuracy"], weighted_metrics=[]
@@ -170,9 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sparsity: list[dict[str, float]] = []
     record = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: sparsity.append(layer_sparsity(wrapped)))
     history = wrapped.fit(
-        X,
-        y,
-        batch_size=args.batch_size,
+        training_draws(X, y, training_probability(beats), args.batch_size, args.seed),
         epochs=args.epochs,
         validation_data=(X_val, y_val, balanced_weights(y_val)),
         callbacks=[UpdatePruningStep(), record, epoch_progress("pruning", args.epochs)],
@@ -180,19 +202,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     ).history
     pruned = keras.models.clone_model(model)  # without the wrappers, in fact and in name
     pruned.set_weights(strip_pruning(wrapped).get_weights())
-    stages["after"] = {part: accuracy(pruned, *data[part]) for part in ("val", "test")}
+    shift_logit(pruned, shift)
+    stages["after"] = figures(pruned)
 
     path = args.workdir / "tf_pruned_model.h5"
     save_mlp(pruned, path)
     reloaded = load_mlp(path, "python TF_pruning.py")
-    stages["reloaded"] = {part: accuracy(reloaded, *data[part]) for part in ("val", "test")}
+    stages["reloaded"] = figures(reloaded)
     final = layer_sparsity(reloaded)
-    metrics = {"block_rows": args.block_rows, "seed": args.seed, "accuracy": stages, "sparsity": final}
+    metrics = {"block_rows": args.block_rows, "seed": args.seed, "figures": stages, "sparsity": final}
     write_json(args.workdir / "tf_pruned_model_metrics.json", metrics)
-    plot_epochs(
-        sparsity, history["val_accuracy"], stages["before"]["val"], args.workdir / "tf_pruned_model_training.png"
-    )
-    print(f"\n{pd.DataFrame(stages).rename_axis('accuracy').to_string(float_format='{:.4f}'.format)}\n")
+    before = stages["before"]["val"]["accuracy"]
+    plot_epochs(sparsity, history["val_accuracy"], before, args.workdir / "tf_pruned_model_training.png")
+    shown = {stage: {part: one[part]["balanced_accuracy"] for part in ("val", "test")} for stage, one in stages.items()}
+    print(f"\n{pd.DataFrame(shown).rename_axis('balanced accuracy').to_string(float_format='{:.4f}'.format)}\n")
     print(pd.Series(final, name="zero weights").map("{:.1%}".format).to_string())
     print(f"wrote tf_pruned_model.h5, _metrics.json and _training.png to {args.workdir}")
 

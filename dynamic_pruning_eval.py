@@ -12,7 +12,8 @@ of the lowest cost among them; the networks larger than those could only cost mo
 
 Reads   tf_pruned_model.h5 and MLP_model_0.h5 in --workdir (steps 1 and 2 make them) and the arrays in --data-dir
 Writes  to --workdir: ten pruned_model_top_{rank}_prune_{percent}_acc_{validation accuracy}.h5, each with its quantized
-        networks inside, dynamic_pruning_results.xlsx, dynamic_pruning_accuracy.png, _cost.png and _latency.png
+        networks inside, dynamic_pruning_results.xlsx, dynamic_pruning_metrics.json, dynamic_pruning_accuracy.png,
+        _cost.png and _latency.png
 Run     python dynamic_pruning_eval.py
 """
 
@@ -22,13 +23,14 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from fhe_mlp.arrays import Arrays, load_arrays
+from fhe_mlp import ec57
+from fhe_mlp.arrays import Arrays, Rows, load_arrays, rows_of, training_probability
 from fhe_mlp.cli import (
     check_writable,
     machine_facts,
@@ -38,23 +40,29 @@ from fhe_mlp.cli import (
     positive_int,
     run,
     whole_file,
+    write_json,
 )
 from fhe_mlp.networks import (
     Layers,
-    accuracy,
-    balanced_weights,
+    balanced_accuracy,
     build,
     by_rank,
+    decisions,
     dense_layers,
-    epoch_progress,
+    epoch_rows,
+    input_noise,
     load_mlp,
+    logit_shift,
     mlp_bytes,
+    shift_logit,
     start_tensorflow,
+    training_draws,
 )
 from fhe_mlp.neuron_removal import revive, share_neurons, shrink
+from fhe_mlp.pictures import save_figure
 from fhe_mlp.qat import Ensemble
 from fhe_mlp.quantized import BITS, TOLERATED_LOSS, QuantizedNetwork, add_to_h5
-from fhe_mlp.report import save_figure, settings_sheet, write_workbook
+from fhe_mlp.report import settings_sheet, write_workbook
 
 if TYPE_CHECKING:
     import tf_keras
@@ -72,56 +80,59 @@ KEEP = 10  # networks that are saved
 CYCLES = 20  # timed repetitions of each latency, after one that warms up
 
 
-def fine_tune(model: tf_keras.Sequential, data: Arrays, epochs: int, title: str) -> None:
-    """Train `model` in place and keep the weights of the epoch with the least validation loss."""
+def fine_tune(model: tf_keras.Sequential, rows: Rows, probability: np.ndarray, epochs: int, seed: int) -> None:
+    """Train `model` in place on drawn rows, each with its probability (n,), until the learning rate is 0."""
     import tf_keras
 
-    (X, y), (X_val, y_val) = data["train"], data["val"]
-    steps = epochs * -(-len(X) // BATCH_SIZE)
+    steps = epochs * -(-epoch_rows(rows[1]) // BATCH_SIZE)
     rate = tf_keras.optimizers.schedules.CosineDecay(LEARNING_RATE, steps)
-    optimizer = tf_keras.optimizers.Adam(rate, weight_decay=WEIGHT_DECAY)
-    model.compile(optimizer, "binary_crossentropy", metrics=["accuracy"], weighted_metrics=[])
-    best = tf_keras.callbacks.EarlyStopping("val_loss", patience=epochs, restore_best_weights=True)
-    model.fit(
-        X,
-        y,
-        batch_size=BATCH_SIZE,
-        epochs=epochs,
-        validation_data=(X_val, y_val, balanced_weights(y_val)),
-        callbacks=[best, epoch_progress(title, epochs)],
-        verbose=0,
-    )
+    model.compile(tf_keras.optimizers.Adam(rate, weight_decay=WEIGHT_DECAY), "binary_crossentropy")
+    model.fit(training_draws(*rows, probability, BATCH_SIZE, seed), epochs=epochs, verbose=0)
 
 
-def quantize(layers: Layers, data: Arrays, targets: np.ndarray, epochs: int, seed: int, title: str) -> pd.DataFrame:
-    """Train the network at every bit width and number of rounding bits, a row for each; column "network" holds it."""
+def quantize(
+    layers: Layers,
+    data: Arrays,
+    targets: np.ndarray,
+    probability: np.ndarray,
+    noise: float,
+    epochs: int,
+    seed: int,
+    title: str,
+) -> pd.DataFrame:
+    """Train the network at every bit width and number of rounding bits, a row for each; column "network" holds it.
+
+    targets, probability, noise: as Ensemble.train takes them.
+    """
     members = [(bits, rounding_bits) for bits in BITS for rounding_bits in ROUNDING_BITS]
     ensemble = Ensemble(layers, members, data["train"][0])
     with tqdm(total=epochs, desc=title, unit="epoch") as bar:
-        ensemble.train(data, targets, epochs, seed, bar)
+        ensemble.train(data, targets, probability, noise, epochs, seed, bar)
     rows = [
         {
             "bits": network.bits,
             "rounding_bits": network.rounding_bits,
             "pbs": network.pbs(),
             "predicted_complexity": network.predicted_complexity(data["train"][0]),
-            "val_accuracy": network.accuracy(*data["val"]),
-            "test_accuracy": network.accuracy(*data["test"]),
+            "val_balanced_accuracy": network.balanced_accuracy(*data["val"]),
+            "test_balanced_accuracy": network.balanced_accuracy(*data["test"]),
             "network": network,
         }
         for network in ensemble.networks(data["train"][0])
     ]
     table = pd.DataFrame(rows)
-    enough = table.groupby("bits")["val_accuracy"].transform("max") - ROUNDING_BITS_TOLERANCE
-    fewest = table[table["val_accuracy"] >= enough].groupby("bits")["rounding_bits"].transform("min")
+    enough = table.groupby("bits")["val_balanced_accuracy"].transform("max") - ROUNDING_BITS_TOLERANCE
+    fewest = table[table["val_balanced_accuracy"] >= enough].groupby("bits")["rounding_bits"].transform("min")
     table["chosen"] = table["rounding_bits"].eq(fewest)
     return table
 
 
 def lowest_cost(quantized: pd.DataFrame, least: float) -> pd.Series:
     """The row of the lowest cost of at least `least` validation accuracy or, where none has it, the most accurate."""
-    good = quantized[quantized["val_accuracy"] >= least]
-    return quantized.loc[good["predicted_complexity"].idxmin() if len(good) else quantized["val_accuracy"].idxmax()]
+    good = quantized[quantized["val_balanced_accuracy"] >= least]
+    return quantized.loc[
+        good["predicted_complexity"].idxmin() if len(good) else quantized["val_balanced_accuracy"].idxmax()
+    ]
 
 
 def latency_ms(model: Callable, X: np.ndarray) -> tuple[float, float]:
@@ -135,21 +146,22 @@ def latency_ms(model: Callable, X: np.ndarray) -> tuple[float, float]:
     return float(median), float(upper - lower)
 
 
-def measure(model: tf_keras.Sequential, data: Arrays) -> dict[str, float]:
-    """Accuracy, size and latency of one network."""
+def measure(model: tf_keras.Sequential, data: Arrays, beats: pd.DataFrame | None) -> dict[str, Any]:
+    """Figures of EC57, size and latency of one network; beats: of the test rows, where they are known."""
     import tensorflow as tf
 
     X = tf.constant(data["test"][0])
     call = tf.function(model, reduce_retracing=True)
     whole, whole_iqr = latency_ms(call, X)
     row, row_iqr = latency_ms(call, X[:1])
-    widths = [layer.units for layer in model.layers[:-1]]
+    found = ec57.columns(ec57.figures(data["test"][1], decisions(model, data["test"][0]), beats))
+    widths = [len(bias) for _, bias in dense_layers(model)[:-1]]
     return {
         "hidden_layers": "-".join(map(str, widths)),
         "hidden_neurons": sum(widths),
         "parameters": model.count_params(),
-        "val_accuracy": accuracy(model, *data["val"]),
-        "test_accuracy": accuracy(model, *data["test"]),
+        "val_balanced_accuracy": balanced_accuracy(model, *data["val"]),
+        **{f"test_{name}": value for name, value in found.items()},
         "latency_set_ms": whole,
         "latency_set_iqr_ms": whole_iqr,
         "latency_row_ms": row,
@@ -162,11 +174,11 @@ def rank(table: pd.DataFrame, least: float) -> list[int]:
 
     Without quantized networks, by validation accuracy, the smaller network first among equals.
     """
-    if "quantized_val_accuracy" not in table:
-        return list(table.sort_values(["val_accuracy", "rate_percent"], ascending=False).index)
-    good = table["quantized_val_accuracy"] >= least
+    if "quantized_val_balanced_accuracy" not in table:
+        return list(table.sort_values(["val_balanced_accuracy", "rate_percent"], ascending=False).index)
+    good = table["quantized_val_balanced_accuracy"] >= least
     by_cost = table[good].sort_values(["predicted_complexity", "rate_percent"], ascending=[True, False])
-    return [*by_cost.index, *table[~good].sort_values("quantized_val_accuracy", ascending=False).index]
+    return [*by_cost.index, *table[~good].sort_values("quantized_val_balanced_accuracy", ascending=False).index]
 
 
 def save_best(
@@ -186,7 +198,9 @@ def save_best(
     with contextlib.ExitStack() as stack:  # all are written before the first takes its place
         for number, row in enumerate(order[:KEEP], 1):
             percent = int(table.loc[row, "rate_percent"])
-            names[row] = f"pruned_model_top_{number}_prune_{percent}_acc_{table.loc[row, 'val_accuracy']:.4f}.h5"
+            names[row] = (
+                f"pruned_model_top_{number}_prune_{percent}_acc_{table.loc[row, 'val_balanced_accuracy']:.4f}.h5"
+            )
             content = add_to_h5(mlp_bytes(models[percent]), quantized.get(percent, []))
             stack.enter_context(whole_file(workdir / names[row])).write_bytes(content)
     for old in earlier:
@@ -201,9 +215,13 @@ def plot_results(table: pd.DataFrame, before: dict[str, float], workdir: Path) -
 
     figure, axis = plt.subplots(figsize=(8, 4.8))
     for part, name in (("val", "validation"), ("test", "test")):
-        (line,) = axis.plot(table["rate_percent"], 100 * table[f"{part}_accuracy"], marker="o", label=name)
+        (line,) = axis.plot(table["rate_percent"], 100 * table[f"{part}_balanced_accuracy"], marker="o", label=name)
         axis.axhline(100 * before[part], color=line.get_color(), ls=":", label=f"{name}, step 2")
-    axis.set(xlabel="neurons removed (%)", ylabel="accuracy (%)", title="Accuracy after neuron removal and fine-tuning")
+    axis.set(
+        xlabel="neurons removed (%)",
+        ylabel="balanced accuracy (%)",
+        title="Accuracy after neuron removal and fine-tuning",
+    )
     axis.legend()
     save_figure(figure, workdir / "dynamic_pruning_accuracy.png")
 
@@ -224,13 +242,13 @@ def plot_cost(quantized: pd.DataFrame, baseline: float, max_loss: float, path: P
     figure, axis = plt.subplots(figsize=(9, 5.4))
     for bits, group in quantized[quantized["chosen"]].groupby("bits"):
         group = group.sort_values("predicted_complexity")
-        axis.plot(group["predicted_complexity"], 100 * group["val_accuracy"], marker="o", label=f"{bits} bits")
+        axis.plot(group["predicted_complexity"], 100 * group["val_balanced_accuracy"], marker="o", label=f"{bits} bits")
     axis.axhline(100 * baseline, color="black", ls="--", label="float baseline")
     axis.axhline(100 * (baseline - max_loss), color="black", ls=":", label=f"{100 * max_loss:g} points below")
     axis.set(
         xscale="log",
         xlabel="predicted complexity of one encrypted beat",
-        ylabel="validation accuracy (%)",
+        ylabel="validation balanced accuracy (%)",
         title="Accuracy of the quantized networks against their predicted cost",
     )
     axis.legend()
@@ -263,45 +281,51 @@ def main(argv: Sequence[str] | None = None) -> None:
     features = data["train"][0].shape[1]
     start = load_mlp(args.workdir / "tf_pruned_model.h5", "python TF_pruning.py", features)
     baseline = load_mlp(args.workdir / "MLP_model_0.h5", "python MLP_model_0.py", features)
-    before = {part: accuracy(start, *data[part]) for part in ("val", "test")}
-    goal = accuracy(baseline, *data["val"])
+    before = {part: balanced_accuracy(start, *data[part]) for part in ("val", "test")}
+    goal = balanced_accuracy(baseline, *data["val"])
     targets = baseline(data["train"][0]).numpy()[:, 0]
+    beats, named = rows_of(args.data_dir, data)
+    known = beats["test"] if named else None
+    probability, noise, shift = training_probability(beats), input_noise(start), logit_shift(args.workdir)
     layers = dense_layers(start)
     full = [len(bias) for _, bias in layers[:-1]]
     rng = np.random.default_rng(args.seed)
 
     history = [(full, layers)]  # widths by layer of step 2's network, 0 for one that is gone, and the network
     models, rows = {}, []
-    for rate in args.rates:
+    for rate in tqdm(args.rates, desc="removing neurons", unit="rate"):
         widths = share_neurons(sum(n - n * rate // 100 for n in full), full, args.min_width)
         has, layers = next((h, n) for h, n in reversed(history) if all(a >= b for a, b in zip(h, widths)))
         layers = shrink(layers, [width for width, old in zip(widths, has) if old], data["train"][0])
-        one_shot = accuracy(build(layers), *data["val"])
+        one_shot = balanced_accuracy(build(layers), *data["val"])
         if args.fine_tune_epochs:
-            models[rate] = build(revive(layers, rng))
-            fine_tune(models[rate], data, args.fine_tune_epochs, f"{rate} % removed")
+            models[rate] = build(revive(layers, rng), noise)
+            shift_logit(models[rate], -shift)  # labels know nothing of a chosen threshold
+            fine_tune(models[rate], data["train"], probability, args.fine_tune_epochs, args.seed + rate)
+            shift_logit(models[rate], shift)
             layers = dense_layers(models[rate])
         else:
-            models[rate] = build(layers)
+            models[rate] = build(layers, noise)
         history.append((widths, layers))
-        rows.append({"rate_percent": rate, "val_accuracy_before_tuning": one_shot, **measure(models[rate], data)})
+        before_tuning = {"rate_percent": rate, "val_balanced_accuracy_before_tuning": one_shot}
+        rows.append({**before_tuning, **measure(models[rate], data, known)})
     found = {}
     for row in reversed(rows if args.quantization_epochs else []):
         rate = row["rate_percent"]
         layers = dense_layers(models[rate])
         title = f"{rate} % removed, quantized"
-        found[rate] = quantize(layers, data, targets, args.quantization_epochs, args.seed, title)
+        found[rate] = quantize(layers, data, targets, probability, noise, args.quantization_epochs, args.seed, title)
         best = lowest_cost(found[rate][found[rate]["chosen"]], goal - args.max_loss)
         row |= {"quantized_bits": best["bits"], "rounding_bits": best["rounding_bits"], "pbs": best["pbs"]}
-        row |= {f"quantized_{part}_accuracy": best[f"{part}_accuracy"] for part in ("val", "test")}
+        row |= {f"quantized_{part}_balanced_accuracy": best[f"{part}_balanced_accuracy"] for part in ("val", "test")}
         row["predicted_complexity"] = best["predicted_complexity"]
-        if sum(other.get("quantized_val_accuracy", 0) >= goal - args.max_loss for other in rows) == KEEP:
+        if sum(other.get("quantized_val_balanced_accuracy", 0) >= goal - args.max_loss for other in rows) == KEEP:
             break
     quantized = {rate: list(one.loc[one["chosen"], "network"]) for rate, one in found.items()}
     table = pd.DataFrame(rows)
     table["file"] = save_best(models, quantized, table, rank(table, goal - args.max_loss), args.workdir)
-    for name, expected in zip(table["file"], table["val_accuracy"]):
-        if name and accuracy(load_mlp(args.workdir / name, ""), *data["val"]) != expected:
+    for name, expected in zip(table["file"], table["val_balanced_accuracy"]):
+        if name and balanced_accuracy(load_mlp(args.workdir / name, ""), *data["val"]) != expected:
             raise AssertionError(f"{name} does not give the accuracy that was measured before it was saved")
     settings = {
         **machine_facts(),
@@ -323,9 +347,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         sheets["quantized"] = pd.concat(parts)[["rate_percent", *parts[0].columns[:-1]]]
         plot_cost(sheets["quantized"], goal, args.max_loss, args.workdir / "dynamic_pruning_cost.png")
     write_workbook(args.workdir / "dynamic_pruning_results.xlsx", sheets)
+    write_json(args.workdir / "dynamic_pruning_metrics.json", {"rates": table.to_dict("records")})
     plot_results(table, before, args.workdir)
-    shown = ["rate_percent", "hidden_layers", "val_accuracy", "test_accuracy", "quantized_bits", "rounding_bits", "pbs"]
-    shown += ["quantized_val_accuracy", "predicted_complexity"]
+    shown = [
+        "rate_percent",
+        "hidden_layers",
+        "val_balanced_accuracy",
+        "test_balanced_accuracy",
+        "quantized_bits",
+        "rounding_bits",
+        "pbs",
+    ]
+    shown += ["quantized_val_balanced_accuracy", "predicted_complexity"]
     printed = table[[name for name in shown if name in table]].assign(rank=table["file"].str.split("_").str[3])
     print(f"\n{printed.to_string(index=False, formatters={'predicted_complexity': '{:.2e}'.format})}\n")
     print(f"wrote {sum(map(bool, table['file']))} networks pruned_model_top_*.h5, dynamic_pruning_results.xlsx and")

@@ -1,10 +1,10 @@
 """Step 5: compile the best networks at 2-7 bits and classify beats cleartext and encrypted (TFHE, Concrete ML).
 
 Every configuration (network, bits) is compiled first; then the plan with the predicted times is printed, and what is
-affordable runs encrypted on a seeded draw of test rows. Where step 3 trained a network for a bit width, that one is
-taken (quantized/{name}_{bits}bits.onnx), else Concrete ML quantizes the float network. The last sigmoid stays with the
-client: the encrypted graph ends in the logit, whose sign is the decision. Costs are compared with default PTQ: n_bits
-only, ten rows of calibration, no rounding, the sigmoid encrypted as well.
+affordable runs encrypted on test rows drawn by class and record. Where step 3 trained a network for a bit width, that
+one is taken (quantized/{name}_{bits}bits.onnx), else Concrete ML quantizes the float network. The last sigmoid stays
+with the client: the encrypted graph ends in the logit, whose sign is the decision. Costs are compared with default PTQ:
+n_bits only, ten rows of calibration, no rounding, the sigmoid encrypted as well.
 
 Each finished configuration and batch is in the database before the next starts; rerun the command to resume. Results of
 another network, data set, setting or version are kept apart in the same database.
@@ -12,6 +12,7 @@ another network, data set, setting or version are kept apart in the same databas
 Reads   pruned_model_top_*.onnx and quantized/ in --workdir (python h5_onnx_converter.py makes them),
         the arrays in --data-dir
 Writes  to --workdir: fhe_results.sqlite and, from it, results_batch_{number}.xlsx, fhe_summary.xlsx, fhe_frontier.png;
+        fhe_steps.csv and fhe_steps.png, the figures of steps 1 to 5;
         to --export: what to deploy
 Run     python fhe_experiments.py
         python fhe_experiments.py --top 10 --batches 145 --dry-run      (estimate only)
@@ -35,17 +36,28 @@ import pandas as pd
 from tqdm import tqdm
 
 from fhe_mlp import circuit, cli
-from fhe_mlp.arrays import Arrays, expected_leads, feature_table, load_arrays, load_scaler
+from fhe_mlp.arrays import (
+    CLASS_SHARES,
+    Arrays,
+    expected_leads,
+    feature_table,
+    load_arrays,
+    load_scaler,
+    rows_of,
+    training_probability,
+    unseen_patients,
+)
 from fhe_mlp.cluster import Cluster, connect, scheduler_address
 from fhe_mlp.configuration import DEFAULT_PTQ, Configuration, Setting, identify, load_configuration, versions
 from fhe_mlp.deployment import check_new, export
 from fhe_mlp.networks import by_rank
 from fhe_mlp.quantized import BITS, TOLERATED_LOSS
 from fhe_mlp.report import Report
+from fhe_mlp.steps import read_steps
 from fhe_mlp.store import Store
 
 TOP = 6  # best networks of step 3
-BATCH_SIZE = 50  # consecutive test rows a batch, as published
+BATCH_SIZE = 50  # test rows a batch, as published; here in an order stratified by class and record
 SAMPLES = 10  # rows drawn from each batch, as published
 CALIBRATION_ROWS = 1000  # training rows that fix the quantization ranges
 DEFAULT_PTQ_BITS = BITS  # of weights and activations, of default PTQ
@@ -70,7 +82,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     option("--models", type=Path, nargs="+", help=".onnx files (default: the best of step 4)")
     option("--top", type=cli.positive_int, default=TOP, help="how many of the best networks")
     option("--bits", type=int, nargs="+", choices=BITS, default=BITS, help="of weights and activations")
-    option("--batch-size", type=cli.positive_int, default=BATCH_SIZE, help="consecutive test rows a batch")
+    option("--batch-size", type=cli.positive_int, default=BATCH_SIZE, help="test rows a batch")
     option("--samples", type=cli.positive_int, default=SAMPLES, help="rows drawn from each batch")
     option("--batches", type=cli.positive_int, default=1, help="how many batches")
     option("--start-batch", type=cli.natural_int, default=0, help="number of the first batch, from 0")
@@ -83,6 +95,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     option("--scheduler", type=scheduler_address, help="Dask's (tcp://HOST:8786), or local:N for N processes here")
     only = parser.add_mutually_exclusive_group().add_argument
     only("--dry-run", action="store_true", help="print the plan, run nothing, write nothing")
+    option("--beside", type=Path, metavar="DIR", help="a --workdir whose networks are shown side by side with these")
     only("--report", action="store_true", help="write workbooks and pictures from the database, run nothing")
     only("--export", type=Path, metavar="DIR", help="write client and server for the best configuration")
     args = parser.parse_args(argv)
@@ -108,19 +121,33 @@ def chosen_networks(args: argparse.Namespace) -> list[Path]:
     return paths
 
 
-def drawn_rows(batch: int, batch_size: int, samples: int, rows: int, seed: int) -> np.ndarray:
-    """Rising indices of the test rows drawn from batch number `batch`; they do not depend on which batches are run."""
-    members = np.arange(batch * batch_size, min((batch + 1) * batch_size, rows))
-    return np.sort(np.random.default_rng([seed, batch]).choice(members, min(samples, len(members)), replace=False))
+def stratified_order(beats: pd.DataFrame, seed: int) -> np.ndarray:
+    """Row numbers in an order of which every stretch has each AAMI class and record in its share, until one runs out.
+
+    beats: columns record and aami. Shares are those of training draws, so that ten rows have two S beats where S is one
+    beat in thirty. Each row comes once: row r of a stratum (random order) has the place (r + 1/2) / share, and within a
+    class, records come in the same way, with the square root of their beats as share.
+    """
+    shuffled = beats[["record", "aami"]].iloc[np.random.default_rng(seed).permutation(len(beats))]
+    size = shuffled.groupby(["aami", "record"])["aami"].transform("size")
+    in_record = (shuffled.groupby(["aami", "record"]).cumcount() + 0.5) / np.sqrt(size)
+    shuffled = shuffled.iloc[np.argsort(in_record.to_numpy(), kind="stable")]
+    place = (shuffled.groupby("aami").cumcount() + 0.5) / shuffled["aami"].map(CLASS_SHARES)
+    return shuffled.index.to_numpy()[np.argsort(place.to_numpy(), kind="stable")]
 
 
-def drawn_by_batch(args: argparse.Namespace, rows: int) -> dict[int, np.ndarray]:
-    """Indices of the drawn test rows, of `rows`, by number of the batch. Raises InputError past the last one."""
+def drawn_rows(batch: int, batch_size: int, samples: int, order: np.ndarray) -> np.ndarray:
+    """Rising indices of the test rows drawn from batch number `batch`, the first of its stretch of `order`."""
+    return np.sort(order[batch * batch_size : (batch + 1) * batch_size][:samples])
+
+
+def drawn_by_batch(args: argparse.Namespace, order: np.ndarray) -> dict[int, np.ndarray]:
+    """Indices of the drawn test rows by number of the batch. Raises InputError past the last one."""
     batches = range(args.start_batch, args.start_batch + args.batches)
-    last = (rows - 1) // args.batch_size
+    last = (len(order) - 1) // args.batch_size
     if batches[-1] > last:
         raise cli.InputError(f"batch {batches[-1]} does not exist, the last is {last}; see --start-batch and --batches")
-    return {batch: drawn_rows(batch, args.batch_size, args.samples, rows, args.seed) for batch in batches}
+    return {batch: drawn_rows(batch, args.batch_size, args.samples, order) for batch in batches}
 
 
 @dataclass(frozen=True)
@@ -131,15 +158,21 @@ class Experiment:
     setting: Setting
     calibration: np.ndarray  # training rows (n, features)
     simulated: np.ndarray  # indices of test rows
+    order: np.ndarray  # of test rows, in which batches are taken
+    beats: pd.DataFrame | None  # record and AAMI class of the test rows, where they are known
+    patients: str  # whether the test patients are in the training part
     basis: dict[str, Any]  # what identifies results besides network, bits and setting
 
 
 def describe(args: argparse.Namespace) -> Experiment:
     """Arrays, setting and the seeded choice of rows."""
     data = load_arrays(args.data_dir)
-    rng = np.random.default_rng(args.seed)
-    calibration = data["train"][0][rng.permutation(len(data["train"][0]))[:CALIBRATION_ROWS]]
-    simulated = np.sort(rng.permutation(len(data["test"][1]))[:SIMULATED_ROWS])
+    beats, named = rows_of(args.data_dir, data)
+    X, order = data["train"][0], stratified_order(beats["test"], args.seed)
+    rows = np.random.default_rng(args.seed).choice(
+        len(X), min(CALIBRATION_ROWS, len(X)), replace=False, p=training_probability(beats)
+    )
+    calibration, simulated = X[rows], np.sort(order[:SIMULATED_ROWS])
     setting = DEFAULT_PTQ if args.reference else Setting(args.rounding_bits, args.p_error, 0.0, not args.post_training)
     if args.reference:
         calibration = calibration[:DEFAULT_PTQ_ROWS]
@@ -151,7 +184,9 @@ def describe(args: argparse.Namespace) -> Experiment:
         "batch_size": args.batch_size,
         "samples": args.samples,
     }
-    return Experiment(data, setting, calibration, simulated, basis)
+    patients = ("unseen patients" if unseen_patients(beats) else "known patients") if named else "unknown patients"
+    test_beats = beats["test"] if named else None
+    return Experiment(data, setting, calibration, simulated, order, test_beats, patients, basis)
 
 
 # ------------------------------------------------------------------------------------------- what it costs: default PTQ
@@ -189,12 +224,12 @@ def default_ptq(reference: Path, experiment: Experiment, max_loss: float) -> lis
         except circuit.CIRCUIT_ERRORS as error:
             rows[bits] = {**name, "note": cli.first_line(error)}
             continue
-        rows[bits] = {**name, "accuracy_validation": found["accuracy_clear_validation"]}
-        rows[bits] |= {"accuracy": found["accuracy_clear_test_set"], "compared": False}
+        rows[bits] = {**name, "balanced_accuracy_validation": found["balanced_accuracy_validation"]}
+        rows[bits] |= {"balanced_accuracy": found["balanced_accuracy_test_set"], "compared": False}
         configurations[bits] = configuration
-    best = max((row.get("accuracy_validation", 0) for row in rows.values()), default=0)
+    best = max((row.get("balanced_accuracy_validation", 0) for row in rows.values()), default=0)
     for bits, configuration in configurations.items():
-        if rows[bits]["accuracy_validation"] >= best - max_loss:
+        if rows[bits]["balanced_accuracy_validation"] >= best - max_loss:
             facts, module = circuit.cost(configuration)
             if module is not None:
                 rows[bits] |= {"complexity": facts["complexity"], "pbs": facts["pbs"], "compared": True}
@@ -297,7 +332,7 @@ def run_plan(
     ready = samples = 0
     everything = sum(t.samples for t in tasks)
     sent = {part: experiment.data[part] for part in ("val", "test")}
-    jobs = [(t.configuration, t.facts, t.drawn, sent, experiment.simulated, limit) for t in tasks]
+    jobs = [(t.configuration, t.facts, t.drawn, sent, experiment.simulated, experiment.beats, limit) for t in tasks]
     with tqdm(total=sum(t.seconds for t in tasks), desc="encrypted", bar_format=BAR, smoothing=0.1) as bar:
 
         def show(seconds: float, text: str = "") -> None:
@@ -357,7 +392,8 @@ def report_for(args: argparse.Namespace, experiment: Experiment, paths: Sequence
         identify(path, bits, experiment.setting, experiment.basis)["identity"] for path in at_hand for bits in BITS
     ]
     basis = comparison_basis(reference, experiment, args.max_loss)
-    return Report(args.workdir, store, known, basis, described_settings(args, experiment, reference))
+    settings = described_settings(args, experiment, reference)
+    return Report(args.workdir, store, known, basis, settings, experiment.patients, args.beside)
 
 
 # ----------------------------------------------------------------------------------------------------------- the export
@@ -367,7 +403,7 @@ def best_for_export(found: Sequence[dict[str, Any]], max_loss: float) -> int:
     Of those at most `max_loss` below the best, the lowest complexity; of those that cost the same but for SAME_COST,
     the best accuracy.
     """
-    accuracy = [facts["accuracy_clear_validation"] for facts in found]
+    accuracy = [facts["balanced_accuracy_validation"] for facts in found]
     good = [number for number, one in enumerate(accuracy) if one >= max(accuracy) - max_loss]
     most = min(found[number]["complexity"] for number in good) * (1 + SAME_COST)
     return max((number for number in good if found[number]["complexity"] <= most), key=accuracy.__getitem__)
@@ -402,7 +438,7 @@ def export_best(args: argparse.Namespace, experiment: Experiment, paths: Sequenc
         "security_bits": facts["security_bits"],
         "complexity": facts["complexity"],
         "pbs": facts["pbs"],
-        "test_accuracy": facts["accuracy_clear_test_set"],
+        "test_balanced_accuracy": facts["balanced_accuracy_test_set"],
         "test_rows": facts["test_set_rows"],
         "leads": expected_leads(args.data_dir),
         "features": feature_table(args.data_dir, X.shape[1]),
@@ -418,8 +454,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.export:
         check_new(args.export)
+    if args.beside:
+        read_steps(args.beside)
     experiment = describe(args)
-    drawn = drawn_by_batch(args, len(experiment.data["test"][1]))
+    drawn = drawn_by_batch(args, experiment.order)
     paths = chosen_networks(args)
     if args.export:
         export_best(args, experiment, paths)

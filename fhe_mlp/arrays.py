@@ -27,7 +27,9 @@ CONSTANT = 1e-6  # of a column's mean: a smaller standard deviation is rounding 
 CLIP_SD = 3.0  # standard deviations; artefacts of 20 sd would waste the few bits of the encrypted network
 # Of a training draw for unseen patients: as many normal as abnormal beats; F and Q are rare and of few patients.
 CLASS_SHARES = {"N": 0.5, "S": 0.2, "V": 0.2, "F": 0.1, "Q": 0.1}
-Arrays = dict[str, tuple[np.ndarray, np.ndarray]]  # X and y of each of SPLITS, as load_arrays gives them
+COPY = r"-S[\d.]+$"  # of a record's name: a copy in which S beats are many (preprocess_mitbih.py, --s-majority)
+Rows = tuple[np.ndarray, np.ndarray]  # X (n, features) float32 and y (n,) int64 of 0 and 1
+Arrays = dict[str, Rows]  # of each of SPLITS, as load_arrays gives them
 
 
 def array_name(split: str, kind: str) -> str:
@@ -175,6 +177,37 @@ def beats_of(data_dir: Path) -> pd.DataFrame | None:
     except (ValueError, KeyError) as error:  # pandas' own errors are ValueErrors
         raise InputError(f"{path}: is not the list of the arrays' beats ({first_line(error)}); {remedy}") from None
     return beats
+
+
+def rows_of(data_dir: Path, data: Arrays) -> tuple[dict[str, pd.DataFrame], bool]:
+    """Columns record and aami of the rows of each split, and whether they are known.
+
+    Of arrays that came without beats.csv every row is of record "unknown" and of class N or, for label 1, Q.
+    """
+    beats = beats_of(data_dir)
+    if beats is None:
+        tables = {s: pd.DataFrame({"record": "unknown", "aami": np.where(y, "Q", "N")}) for s, (_, y) in data.items()}
+        return tables, False
+    return {s: beats.loc[beats["split"] == s, ["record", "aami"]].reset_index(drop=True) for s in SPLITS}, True
+
+
+def patients(beats: pd.DataFrame) -> pd.Series:
+    """Record of each row that it is, or is a copy, of; beats: column record."""
+    return beats["record"].str.replace(COPY, "", regex=True)
+
+
+def unseen_patients(beats: dict[str, pd.DataFrame]) -> bool:
+    """Whether no patient of the validation part is in the training part; beats: of rows_of."""
+    return not set(patients(beats["train"])) & set(patients(beats["val"]))
+
+
+def training_probability(beats: dict[str, pd.DataFrame]) -> np.ndarray:
+    """Chance (n,) of each training row in a draw: by class and record for unseen patients, else the same for all.
+
+    beats: of rows_of. Where test rows are drawn as training rows were, any other draw would cost accuracy.
+    """
+    rows = beats["train"]
+    return draw_probability(rows) if unseen_patients(beats) else np.full(len(rows), 1 / len(rows))
 
 
 def load_description(data_dir: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from fhe_mlp import ec57
 from fhe_mlp.arrays import Arrays
 from fhe_mlp.cli import first_line, machine_facts
 from fhe_mlp.configuration import REMEDY, Configuration, Setting
@@ -147,9 +148,15 @@ def outputs(module: QuantizedModule, X: np.ndarray, mode: str) -> np.ndarray:
 
 
 def accuracies(
-    module: QuantizedModule, configuration: Configuration, data: Arrays, simulated: np.ndarray
+    module: QuantizedModule,
+    configuration: Configuration,
+    data: Arrays,
+    simulated: np.ndarray,
+    beats: pd.DataFrame | None = None,
 ) -> dict[str, Any]:
     """What is measured without keys; simulated: indices of the test rows for the simulated accuracy.
+
+    beats: record and AAMI class of the test rows, where they are known.
 
     Raises ValueError when the circuit of a network that step 3 quantized does not decide as that network does.
     """
@@ -163,8 +170,8 @@ def accuracies(
         if not np.array_equal(decisions, network.run(X)[0] > 0):
             raise ValueError(f"the circuit does not decide as the network of step 3 does; {REMEDY}")
     facts = {
-        "accuracy_clear_validation": float(np.mean((outputs(module, X_val, "disable") > threshold) == y_val)),
-        "accuracy_clear_test_set": float(np.mean(decisions == y)),
+        "balanced_accuracy_validation": ec57.balanced_accuracy(outputs(module, X_val, "disable") > threshold, y_val),
+        **{f"{name}_test_set": value for name, value in ec57.columns(ec57.figures(y, decisions, beats)).items()},
         "test_set_rows": len(y),
     }
     if len(simulated):
@@ -218,6 +225,7 @@ def prepare(
     facts: dict[str, Any],
     data: Arrays,
     simulated: np.ndarray,
+    beats: pd.DataFrame | None,
     limit: float,
     tick: Callable,
 ) -> tuple[dict[str, Any], QuantizedModule | None]:
@@ -232,7 +240,7 @@ def prepare(
         try:
             tick(f"{configuration.label}: cleartext", 0)
             module = take_circuit(configuration)
-            row |= accuracies(module, configuration, data, simulated)
+            row |= accuracies(module, configuration, data, simulated, beats)
             judge_memory(row)
             if row["status"] == "ok":
                 tick(f"{configuration.label}: making keys", 0)
@@ -253,21 +261,23 @@ def run_batches(
     drawn: dict[int, np.ndarray],
     data: Arrays,
     simulated: np.ndarray,
+    beats: pd.DataFrame | None,
     limit: float,
     tick: Callable[[str, int], None] = lambda text, samples: None,
 ) -> Iterator[Result]:
     """Yield the result of each batch as soon as it is there; what fails becomes the row's status.
 
-    facts: of plan_circuit; drawn: test rows by batch; simulated: test rows for the simulated accuracy; limit: seconds a
-    sample; tick: hears what is done and how many samples are finished.
+    facts: of plan_circuit; drawn: test rows by batch; simulated: test rows for the simulated accuracy; beats: record
+    and AAMI class of the test rows, where known; limit: seconds a sample; tick: hears what is done and how many samples
+    are finished.
     """
     (X, y), threshold = data["test"], configuration.setting.threshold
-    row, module = prepare(configuration, facts, data, simulated, limit, tick)
+    row, module = prepare(configuration, facts, data, simulated, beats, limit, tick)
     for batch, index in drawn.items():
         ones = 100 * float(np.mean(y[index]))
         mine = {**row, "batch": batch, "num_items": len(index), "perc_ones_gt": ones, "perc_zeros_gt": 100 - ones}
         predictions = None
-        if "accuracy_clear_test_set" in row:
+        if "balanced_accuracy_test_set" in row:
             started = time.perf_counter()
             clear = outputs(module, X[index], "disable")
             mine["clear_time"] = time.perf_counter() - started
@@ -282,6 +292,10 @@ def run_batches(
                     tick(configuration.label, 1)
                 predictions = pd.DataFrame({"test_row": index, "label": y[index], "output_clear": clear})
                 predictions = predictions.join(pd.DataFrame(runs))
+                known = (
+                    beats.iloc[index] if beats is not None else pd.DataFrame({"record": "", "aami": ""}, index=index)
+                )
+                predictions[["record", "aami"]] = known[["record", "aami"]].to_numpy()
                 for kind in ("clear", "fhe"):
                     predictions[f"decision_{kind}"] = (predictions[f"output_{kind}"] > threshold).astype(int)
             except CIRCUIT_ERRORS as error:

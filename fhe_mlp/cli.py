@@ -141,6 +141,11 @@ def positive_float(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
 
 
+def non_negative_float(text: str) -> float:
+    """argparse type: a finite number from zero."""
+    return 0.0 if text.strip() in ("0", "0.0") else positive_float(text)
+
+
 def positive_int(text: str) -> int:
     """argparse type: a whole number above zero."""
     if not (text.isdecimal() and 0 < int(text) < 2**31):

@@ -1,4 +1,4 @@
-"""Float networks of steps 1 to 4: TensorFlow's start, whole .h5 files, accuracy."""
+"""Float networks of steps 1 to 4: TensorFlow's start, whole .h5 files, training draws, the noise they learn with."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fhe_mlp import ec57
 from fhe_mlp.cli import InputError, first_line, whole_file
 
 if TYPE_CHECKING:
@@ -98,8 +99,8 @@ def claimed_bytes(dataset: h5py.Dataset, path: Path) -> int:
 def load_mlp(path: Path, made_by: str, features: int | None = None) -> tf_keras.Sequential:
     """The network in an .h5 file, rebuilt here from its layer sizes and weights, so that no code in it can run.
 
-    Raises InputError unless it is a sequence of Dense (ReLU, at the end one sigmoid) and Dropout layers, on `features`
-    inputs where that is given, all weights finite; `made_by` is the command that makes the file.
+    Raises InputError unless it is a sequence of Dense (ReLU, at the end one sigmoid), GaussianNoise and Dropout layers,
+    on `features` inputs where that is given, all weights finite; `made_by` is the command that makes the file.
     """
     import tf_keras
 
@@ -127,6 +128,8 @@ def load_mlp(path: Path, made_by: str, features: int | None = None) -> tf_keras.
                 model.add(tf_keras.layers.Dense(units, activation, name=config["name"]))
             elif layer["class_name"] == "Dropout":
                 model.add(tf_keras.layers.Dropout(float(config["rate"]), name=config["name"]))
+            elif layer["class_name"] == "GaussianNoise":
+                model.add(tf_keras.layers.GaussianNoise(float(config["stddev"]), name=config["name"]))
             elif layer["class_name"] != "InputLayer":
                 raise ValueError(f"layer {layer['class_name']}")
         with open_h5(path) as file:  # Keras would take memory for whatever size the data sets claim
@@ -163,14 +166,72 @@ def epoch_progress(title: str, epochs: int) -> Any:
     return tf_keras.callbacks.LambdaCallback(on_epoch_end=update, on_train_end=lambda _: bar.close())
 
 
-def accuracy(model: Callable, X: np.ndarray, y: np.ndarray) -> float:
-    """Share of the rows of X (n, features) that are put on the right side of 0.5."""
-    return float(np.mean((model(X).numpy()[:, 0] > 0.5) == y))
+def decisions(model: Callable, X: np.ndarray) -> np.ndarray:
+    """1 for each row of X (n, features) whose probability is over 0.5, else 0: (n,) int64."""
+    return (model(X).numpy()[:, 0] > 0.5).astype(np.int64)
+
+
+def balanced_accuracy(model: Callable, X: np.ndarray, y: np.ndarray) -> float:
+    """Balanced accuracy of the decisions on rows X (n, features) with labels y (n,)."""
+    return ec57.balanced_accuracy(decisions(model, X), y)
 
 
 def balanced_weights(y: np.ndarray) -> np.ndarray:
     """Class-balanced sample weights (n,) of mean 1: both labels have the same sum; y: labels (n,) of 0 and 1."""
     return (len(y) / (2 * np.bincount(y, minlength=2)))[y]
+
+
+def epoch_rows(y: np.ndarray) -> int:
+    """Rows of an epoch of draws: as many as a balanced part of the labels y (n,) would hold."""
+    return 2 * int(np.bincount(y, minlength=2).min())
+
+
+def training_draws(
+    X: np.ndarray, y: np.ndarray, probability: np.ndarray, batch_size: int, seed: int
+) -> tf_keras.utils.Sequence:
+    """Batches for Keras's fit, each row drawn with its probability (n,), anew in every epoch of epoch_rows."""
+    import tf_keras
+
+    class Draws(tf_keras.utils.Sequence):
+        """Keras asks for the batches of an epoch by number."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.rng = np.random.default_rng(seed)
+            self.on_epoch_end()
+
+        def __len__(self) -> int:
+            return -(-epoch_rows(y) // batch_size)
+
+        def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+            chosen = self.rows[number * batch_size : (number + 1) * batch_size]
+            return X[chosen], y[chosen]
+
+        def on_epoch_end(self) -> None:
+            self.rows = self.rng.choice(len(X), epoch_rows(y), p=probability)
+
+    return Draws()
+
+
+def input_noise(model: tf_keras.Sequential) -> float:
+    """Standard deviation of the Gaussian noise that the network's features get in training, 0 without any."""
+    return next((layer.stddev for layer in model.layers if hasattr(layer, "stddev")), 0.0)
+
+
+def logit_shift(workdir: Path) -> float:
+    """What step 1 added to the logit for its threshold, from MLP_model_0_metrics.json. Raises InputError without it."""
+    path = workdir / "MLP_model_0_metrics.json"
+    try:
+        threshold = float(json.loads(path.read_text())["threshold"])
+        return float(-np.log(threshold / (1 - threshold))) + 0.0
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        raise InputError(f"{path}: is missing or damaged; make it with: python MLP_model_0.py") from None
+
+
+def shift_logit(model: tf_keras.Sequential, by: float) -> None:
+    """Add `by` to the logit of every row, in place, through the last bias."""
+    kernel, bias = model.layers[-1].get_weights()
+    model.layers[-1].set_weights([kernel, bias + np.float32(by)])
 
 
 def mlp_bytes(model: tf_keras.Sequential) -> bytes:
@@ -206,11 +267,13 @@ def dense_layers(model: tf_keras.Sequential) -> Layers:
     return [tuple(w.numpy() for w in (layer.kernel, layer.bias)) for layer in model.layers if hasattr(layer, "kernel")]
 
 
-def build(layers: Layers) -> tf_keras.Sequential:
-    """Keras network of the given Dense layers: ReLU, and a sigmoid at the end."""
+def build(layers: Layers, noise: float = 0.0) -> tf_keras.Sequential:
+    """Keras network of the given Dense layers, ReLU and a sigmoid at the end; noise: of its input, as input_noise."""
     import tf_keras
 
     model = tf_keras.Sequential([tf_keras.layers.Input((len(layers[0][0]),))])
+    if noise:
+        model.add(tf_keras.layers.GaussianNoise(noise, name="input_noise"))
     for number, (kernel, bias) in enumerate(layers, 1):
         last = number == len(layers)
         name = "output" if last else f"hidden_{number}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fhe_mlp.arrays import CLIP_SD
-from fhe_mlp.networks import balanced_weights
+from fhe_mlp.networks import balanced_weights, epoch_rows
 from fhe_mlp.quantized import QuantizedLayer, QuantizedNetwork, signed_bits
 
 if TYPE_CHECKING:
@@ -137,31 +137,44 @@ class Ensemble:
         """Values of all variables, each with the leading axis (members,)."""
         return [variable.numpy() for group in self.variables.values() for variable in group]
 
-    def train(self, data: dict[str, Any], targets: np.ndarray, epochs: int, seed: int, progress: Any = None) -> None:
+    def train(
+        self,
+        data: dict[str, Any],
+        targets: np.ndarray,
+        probability: np.ndarray,
+        noise: float,
+        epochs: int,
+        seed: int,
+        progress: Any = None,
+    ) -> None:
         """Train and leave in each member the weights of its epoch of least validation loss.
 
         data: as load_arrays gives; targets: probabilities (n,) for the training rows, a teacher's (Hinton, Vinyals &
-        Dean, arXiv:1503.02531) or the labels.
+        Dean, arXiv:1503.02531) or the labels; probability: chance (n,) of each row in a draw; noise: standard
+        deviation that is added to the features.
         """
         import tensorflow as tf
         import tf_keras
 
-        X, (X_val, y_val) = data["train"][0], data["val"]
-        steps = -(-len(X) // BATCH_SIZE)
+        (X, y), (X_val, y_val) = data["train"], data["val"]
+        drawn = epoch_rows(y)
+        steps = -(-drawn // BATCH_SIZE)
         variables = [variable for group in self.variables.values() for variable in group]
         optimizer = tf_keras.optimizers.Adam(tf_keras.optimizers.schedules.CosineDecay(LEARNING_RATE, epochs * steps))
         optimizer.build(variables)
         rows, wanted = tf.constant(X, self.dtype), tf.constant(targets, self.dtype)
 
         rng = np.random.default_rng(seed)
-        few = X[rng.permutation(len(X))[:RANGE_ROWS]]
+        few = X[rng.choice(len(X), RANGE_ROWS, p=probability)]
 
         @tf.function
         def epoch(order: tf.Tensor) -> None:
             for number in tf.range(steps):
                 chosen = order[number * BATCH_SIZE : (number + 1) * BATCH_SIZE]
+                batch = tf.gather(rows, chosen)
+                batch += noise * tf.random.normal(tf.shape(batch), dtype=self.dtype)
                 with tf.GradientTape() as tape:
-                    logits, penalty, _ = self.forward(tf.gather(rows, chosen), self.range_bits, ROUNDING_NOISE)
+                    logits, penalty, _ = self.forward(batch, self.range_bits, ROUNDING_NOISE)
                     labels = tf.broadcast_to(tf.gather(wanted, chosen), tf.shape(logits))
                     losses = tf.nn.sigmoid_cross_entropy_with_logits(labels, logits)
                     loss = tf.reduce_sum(tf.reduce_mean(losses, axis=1) + penalty)
@@ -174,7 +187,7 @@ class Ensemble:
         weights, sign = balanced_weights(y_val), 1 - 2 * y_val
         best, weights_kept = np.full(len(self.members), np.inf), self.state()
         for _ in range(epochs):
-            epoch(tf.constant(rng.permutation(len(X))))
+            epoch(tf.constant(rng.choice(len(X), drawn, p=probability)))
             logits = validation_logits().numpy()
             loss = np.mean(np.logaddexp(0, sign * logits) * weights, axis=1)
             for old, new in zip(weights_kept, self.state()):

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fhe_mlp import ec57
 from fhe_mlp.cli import InputError, first_line
 from fhe_mlp.networks import claimed_bytes, open_h5
 
@@ -94,9 +95,9 @@ class QuantizedNetwork:
         """What accumulators of a hidden layer are rounded to multiples of."""
         return 2 ** max(0, layer.accumulator_bits - self.rounding_bits)
 
-    def accuracy(self, X: np.ndarray, y: np.ndarray) -> float:
-        """Share of the rows of X (n, features) whose logit lies on the right side of 0."""
-        return float(np.mean((self.run(X)[0] > 0) == y))
+    def balanced_accuracy(self, X: np.ndarray, y: np.ndarray) -> float:
+        """Balanced accuracy on the rows X (n, features) with labels y (n,); a logit over 0 is an abnormal beat."""
+        return ec57.balanced_accuracy(self.run(X)[0] > 0, y)
 
     def pbs(self) -> int:
         """Programmable bootstraps of one beat: one a hidden neuron."""

@@ -9,22 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
 from fhe_mlp.cli import InputError, whole_file
+from fhe_mlp.pictures import save_figure
+from fhe_mlp.steps import STEPS, plot_steps, read_steps, side_by_side, steps_table
 from fhe_mlp.store import Store
-
-matplotlib.use("Agg")  # pictures go to files; no window, no display needed
 
 WIDEST_COLUMN = 60  # characters of a workbook's column; longer text is wrapped
 LINE_POINTS = 15  # height of a line
 PAGE_CHARACTERS = 200  # of a workbook's row on one printed page; more take another page, with the first column again
 HEADER_COLOUR = "1F4E79"  # of workbooks
 NUMBER_FORMATS = {  # of workbook columns, by a part of their name
-    "accuracy|^output_[cf]": "0.0000",
+    "accuracy|^output_[cf]|sensitivity|specificity|predictive|found_": "0.0000",
     "^perc_": "0.0",
     "complexity_ratio": "#,##0",
     "complexity|^p_": "0.00E+00",
@@ -37,40 +36,32 @@ PUBLISHED_COLUMNS = (
 ).split()
 CONFIGURATION_COLUMNS = (  # of a summary row, the same for all batches of a configuration
     "model_name q_bits quantization rounding_bits p_error pbs complexity complexity_ratio_default_ptq on_front "
-    "accuracy_clear_validation accuracy_clear_test_set test_set_rows accuracy_simulated accuracy_clear_same_rows "
+    "balanced_accuracy_validation balanced_accuracy_test_set balanced_accuracy_low95_test_set "
+    "balanced_accuracy_high95_test_set sensitivity_test_set specificity_test_set positive_predictive_value_test_set "
+    "found_S_test_set found_V_test_set found_F_test_set test_set_rows accuracy_simulated accuracy_clear_same_rows "
     "simulated_rows widest_integer_bits evaluation_keys_MB keygen_time processor cores status reason"
 ).split()
 SUMMARY_COLUMNS = (
     "model_name q_bits quantization rounding_bits pbs complexity complexity_ratio_default_ptq on_front "
-    "accuracy_clear_validation accuracy_clear_test_set accuracy_simulated accuracy_clear_same_rows n accuracy_fhe "
+    "balanced_accuracy_validation balanced_accuracy_test_set balanced_accuracy_low95_test_set "
+    "balanced_accuracy_high95_test_set sensitivity_test_set specificity_test_set positive_predictive_value_test_set "
+    "found_S_test_set found_V_test_set found_F_test_set accuracy_simulated accuracy_clear_same_rows n accuracy_fhe "
     "accuracy_fhe_low95 accuracy_fhe_high95 decisions_equal_clear run_seconds run_seconds_iqr encrypt_seconds "
     "decrypt_seconds keygen_time evaluation_keys_MB input_ciphertext_kB output_ciphertext_kB batches processor cores "
     "status reason"
 ).split()
 PRINTED_COLUMNS = (
-    "model_name q_bits rounding_bits complexity complexity_ratio_default_ptq accuracy_clear_test_set "
+    "model_name q_bits rounding_bits complexity complexity_ratio_default_ptq balanced_accuracy_test_set "
     "accuracy_simulated run_seconds n accuracy_fhe on_front status"
 ).split()
 COMPARISON_COLUMNS = (  # of other models: default PTQ's of step 5, and what `make bench` measures
-    "name kind model_name q_bits accuracy accuracy_validation accuracy_simulated pbs complexity compared keygen_time "
-    "seconds seconds_iqr n right note"
+    "name kind model_name q_bits balanced_accuracy balanced_accuracy_validation accuracy_simulated pbs complexity "
+    "compared keygen_time seconds seconds_iqr n right note"
 ).split()
 OURS = "this pipeline"  # kind of the models in a comparison that the summary has already
 MARKERS = {"default PTQ": "D", "Concrete ML models": "s", "CKKS": "^"}  # of the frontier picture, by kind of model
 ACCURACY_TICKS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999)
 DRAWN = (0.45, 0.9995)  # accuracies that have a place on the picture's logit scale; those beyond stand at its ends
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Add a grid to every axis and write the figure as a PNG, whole."""
-    import matplotlib.pyplot as plt
-
-    for axis in figure.axes:
-        axis.grid(True, alpha=0.3)
-    figure.tight_layout()
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-    plt.close(figure)
 
 
 def settings_sheet(settings: dict[str, Any]) -> pd.DataFrame:
@@ -199,9 +190,9 @@ def summarize(rows: pd.DataFrame, predictions: pd.DataFrame, reference: float) -
     table = pd.DataFrame(found).drop(columns="fhe_time", errors="ignore")
     cost = table["complexity"] = pd.to_numeric(table["complexity"])
     table["complexity_ratio_default_ptq"] = reference / cost
-    compiled = cost.notna() & table["accuracy_clear_validation"].notna()
+    compiled = cost.notna() & table["balanced_accuracy_validation"].notna()
     distinct = table[compiled].drop_duplicates(["model_name", "q_bits"])
-    front = distinct[pareto(cost[distinct.index], distinct["accuracy_clear_validation"])]
+    front = distinct[pareto(cost[distinct.index], distinct["balanced_accuracy_validation"])]
     on_front = set(zip(front["model_name"], front["q_bits"]))
     table["on_front"] = [pair in on_front for pair in zip(table["model_name"], table["q_bits"])]
     return table.sort_values("complexity", ignore_index=True)
@@ -225,7 +216,9 @@ def pivots(summary: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {
         "accuracy by bits": pd.concat(
             [
-                by_bits("accuracy_clear_test_set", f"accuracy, cleartext, {rows} test rows", ["model_name"]),
+                by_bits(
+                    "balanced_accuracy_test_set", f"balanced accuracy, cleartext, {rows} test rows", ["model_name"]
+                ),
                 by_bits("accuracy_fhe", f"accuracy, encrypted, {beats} rows", ["model_name"]),
             ]
         ),
@@ -233,10 +226,28 @@ def pivots(summary: pd.DataFrame) -> dict[str, pd.DataFrame]:
     }
 
 
-def write_summary(path: Path, summary: pd.DataFrame, others: pd.DataFrame, settings: dict[str, Any]) -> None:
-    """Write fhe_summary.xlsx; others: the models that ours are compared with, a row each."""
+def encrypted_by_class(predictions: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """A row a configuration and AAMI class of its encrypted beats: how many, right, and equal to the cleartext ones.
+
+    predictions, rows: of the store; beats of unknown class are left out.
+    """
+    known = predictions[predictions["aami"].fillna("") != ""]
+    if not len(known):
+        return known[[]]
+    known = known.merge(rows[["identity", "model_name", "q_bits"]].drop_duplicates(), on="identity")
+    known = known.assign(
+        right=known["decision_fhe"] == known["label"], equal=known["decision_fhe"] == known["decision_clear"]
+    )
+    groups = known.groupby(["model_name", "q_bits", "aami"], sort=False)
+    return groups.agg(
+        beats=("label", "size"), records=("record", "nunique"), right=("right", "sum"), equal=("equal", "sum")
+    ).reset_index()
+
+
+def write_summary(path: Path, summary: pd.DataFrame, more: dict[str, pd.DataFrame], settings: dict[str, Any]) -> None:
+    """Write fhe_summary.xlsx; more: its sheets after the summary and its pivots, left out where they are empty."""
     shown = summary[[name for name in SUMMARY_COLUMNS if name in summary]]
-    sheets = {"summary": shown, **pivots(summary), "comparison": others, "settings": settings_sheet(settings)}
+    sheets = {"summary": shown, **pivots(summary), **more, "settings": settings_sheet(settings)}
     write_workbook(path, {title: table for title, table in sheets.items() if len(table)})
 
 
@@ -255,20 +266,22 @@ def plot_frontier(summary: pd.DataFrame, others: pd.DataFrame, path: Path) -> No
     from matplotlib.ticker import LogLocator
 
     figure, axes = plt.subplots(1, 2, figsize=(15, 6.5), sharey=True)
-    everything = drawn_at(pd.concat([summary["accuracy_clear_test_set"], others["accuracy"]]).dropna())
-    axes[0].set_ylabel("accuracy, whole test set, quantized")
+    everything = drawn_at(pd.concat([summary["balanced_accuracy_test_set"], others["balanced_accuracy"]]).dropna())
+    axes[0].set_ylabel("balanced accuracy, whole test set, quantized")
     for axis, cost, other_cost, label in (
         (axes[0], "complexity", "complexity", "complexity of one encrypted beat"),
         (axes[1], "run_seconds", "seconds", "seconds a beat, median"),
     ):
         table = summary[summary[cost].notna()] if cost in summary else summary[:0].assign(**{cost: []})
         for bits, group in table.groupby("q_bits"):
-            axis.scatter(group[cost], drawn_at(group["accuracy_clear_test_set"]), s=28, label=f"{bits} bits", zorder=3)
+            axis.scatter(
+                group[cost], drawn_at(group["balanced_accuracy_test_set"]), s=28, label=f"{bits} bits", zorder=3
+            )
         front = table[table["on_front"]].sort_values(cost)
-        axis.plot(front[cost], drawn_at(front["accuracy_clear_test_set"]), color="black", lw=1, label="front")
-        known = others[others[other_cost].notna() & others["accuracy"].notna()]
+        axis.plot(front[cost], drawn_at(front["balanced_accuracy_test_set"]), color="black", lw=1, label="front")
+        known = others[others[other_cost].notna() & others["balanced_accuracy"].notna()]
         for kind, group in known.groupby("kind"):
-            at = drawn_at(group["accuracy"])
+            at = drawn_at(group["balanced_accuracy"])
             style = {"facecolor": "lightgrey", "edgecolor": "black", "marker": MARKERS.get(kind, "v")}
             axis.scatter(group[other_cost], at, s=40, label=kind, zorder=2, **style)
             for name, x, y in zip(group["name"], group[other_cost], at):
@@ -291,11 +304,21 @@ def plot_frontier(summary: pd.DataFrame, others: pd.DataFrame, path: Path) -> No
 class Report:
     """What is written from the store for the configurations of the identities in `known`, in their order.
 
-    basis: of the rows in its comparison.
+    basis: of the rows in its comparison; patients: which the test set has; beside: a folder that is shown beside.
     """
 
-    def __init__(self, workdir: Path, store: Store, known: Sequence[str], basis: str, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        workdir: Path,
+        store: Store,
+        known: Sequence[str],
+        basis: str,
+        settings: dict[str, Any],
+        patients: str,
+        beside: Path | None,
+    ) -> None:
         self.workdir, self.store, self.known, self.basis, self.settings = workdir, store, known, basis, settings
+        self.patients, self.beside = patients, beside
 
     def write_batch(self, batch: int) -> None:
         """Write results_batch_{batch}.xlsx."""
@@ -316,13 +339,23 @@ class Report:
         others = self.store.comparison(self.basis).reindex(columns=COMPARISON_COLUMNS)
         compared = others.loc[others["compared"].eq(True), "complexity"]
         summary = summarize(rows, self.store.predictions(self.known), compared.min())
-        write_summary(self.workdir / "fhe_summary.xlsx", summary, others, self.settings)
-        written = [f"results_batch_{batch}.xlsx" for batch in batches] + ["fhe_summary.xlsx"]
+        steps = [steps_table(self.workdir, summary, self.patients)]
+        with whole_file(self.workdir / STEPS) as temporary:
+            steps[0].to_csv(temporary, index=False)
+        steps += [read_steps(self.beside)] if self.beside else []
+        by_class = encrypted_by_class(self.store.predictions(self.known), rows)
+        more = {"encrypted by class": by_class, "steps": side_by_side(steps), "comparison": others}
+        write_summary(self.workdir / "fhe_summary.xlsx", summary, more, self.settings)
+        written = [f"results_batch_{batch}.xlsx" for batch in batches]
         if len(batches) > 1:
-            written = [f"{len(batches)} results_batch_*.xlsx", "fhe_summary.xlsx"]
+            written = [f"{len(batches)} results_batch_*.xlsx"]
+        written += ["fhe_summary.xlsx", STEPS]
         if summary["complexity"].notna().any():
             plot_frontier(summary, others[others["kind"] != OURS], self.workdir / "fhe_frontier.png")
             written.append("fhe_frontier.png")
+        if len(steps[0]):
+            plot_steps(steps, self.workdir / "fhe_steps.png")
+            written.append("fhe_steps.png")
         shown = summary[[name for name in PRINTED_COLUMNS if name in summary]]
         print(f"\n{shown.to_string(index=False, float_format='{:.4g}'.format)}\n")
         for _, row in summary[summary["status"] != "ok"].iterrows():

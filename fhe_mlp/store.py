@@ -18,11 +18,11 @@ import pandas as pd
 
 from fhe_mlp.cli import InputError, first_line
 
-LAYOUT = 1  # of the tables below, kept as SQLite's user_version
+LAYOUT = 2  # of the tables below, kept as SQLite's user_version
 FINISHED = ("ok", "cannot compile")  # a configuration of another status is tried again
 PREDICTION_COLUMNS = (
-    "identity batch test_row label decision_clear decision_fhe output_clear output_fhe encrypt_seconds run_seconds "
-    "decrypt_seconds input_bytes output_bytes"
+    "identity batch test_row record aami label decision_clear decision_fhe output_clear output_fhe encrypt_seconds "
+    "run_seconds decrypt_seconds input_bytes output_bytes"
 ).split()
 TABLES = f"""
 CREATE TABLE results (identity TEXT, batch INTEGER, status TEXT, facts TEXT, PRIMARY KEY (identity, batch));

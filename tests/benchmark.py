@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import fhe_experiments as step5  # noqa: E402
-from fhe_mlp import circuit, cli, networks, report  # noqa: E402
+from fhe_mlp import circuit, cli, ec57, networks, report  # noqa: E402
 from fhe_mlp.configuration import DEFAULT_PTQ, Configuration, load_configuration  # noqa: E402
 from fhe_mlp.store import Store  # noqa: E402
 
@@ -71,8 +71,12 @@ def measured(configuration: Configuration, name: dict[str, str], data: Row, spee
     if module is None:
         return {**name, "note": f"does not compile: {facts['reason']}"}
     found = circuit.accuracies(module, configuration, data, simulated)
-    row = {**name, "accuracy": found["accuracy_clear_test_set"], "accuracy_simulated": found.get("accuracy_simulated")}
-    row["accuracy_validation"] = found["accuracy_clear_validation"]
+    row = {
+        **name,
+        "balanced_accuracy": found["balanced_accuracy_test_set"],
+        "accuracy_simulated": found.get("accuracy_simulated"),
+    }
+    row["balanced_accuracy_validation"] = found["balanced_accuracy_validation"]
 
     def decide(quantized: np.ndarray) -> float:
         return module.dequantize_output(quantized).ravel()[0]
@@ -139,8 +143,8 @@ def concrete_ml_models(data: Row, speed: Row, seed: int) -> Iterator[Row]:
         model.fit(X, y)
         model.compile(X[: step5.CALIBRATION_ROWS])
         row = {"name": name, "kind": "Concrete ML models"}
-        row["accuracy"] = float(np.mean(model.predict(X_test) == y_test))
-        row["accuracy_validation"] = float(np.mean(model.predict(data["val"][0]) == data["val"][1]))
+        row["balanced_accuracy"] = ec57.balanced_accuracy(model.predict(X_test), y_test)
+        row["balanced_accuracy_validation"] = ec57.balanced_accuracy(model.predict(data["val"][0]), data["val"][1])
 
         def decide(q: np.ndarray, model: Any = model) -> float:
             score = np.asarray(model.post_processing(model.dequantize_output(q))).ravel()
@@ -176,8 +180,9 @@ def ckks(data: Row, seed: int) -> Iterator[Row]:
         hidden = tenseal.ckks_vector(context, x.tolist()).mm(w0.tolist()).add(b0.tolist())
         return hidden.square().mm(w1.tolist()).add(b1.tolist()).decrypt()[0]
 
-    row = {"name": "TenSEAL CKKS, square 64", "kind": "CKKS", "accuracy": networks.accuracy(model, *data["test"])}
-    row["accuracy_validation"] = networks.accuracy(model, *data["val"])
+    row = {"name": "TenSEAL CKKS, square 64", "kind": "CKKS"}
+    row["balanced_accuracy"] = networks.balanced_accuracy(model, *data["test"])
+    row["balanced_accuracy_validation"] = networks.balanced_accuracy(model, *data["val"])
     yield row | timed(run, *data["drawn"], 0.0)
 
 
@@ -190,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     experiment, paths = step5.describe(args), step5.chosen_networks(args)
     data: Row = dict(experiment.data)
     X, y = data["test"]
-    drawn = np.sort(np.random.default_rng(args.seed).choice(len(y), min(SAMPLES, len(y)), replace=False))
+    drawn = np.sort(experiment.order[:SAMPLES])
     data["drawn"] = (X[drawn], y[drawn])
     with Store(args.workdir / step5.DATABASE) as store, warnings.catch_warnings(), tqdm(desc="models") as bar:
         warnings.simplefilter("ignore")  # scikit-learn's and skorch's own deprecations

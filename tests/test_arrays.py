@@ -33,6 +33,9 @@ def test_a_draw_has_its_shares_by_class_and_by_the_root_of_a_records_beats():
     got = beats.groupby(["record", "aami"])["p"].agg(["sum", "nunique"])
     assert got["sum"].to_dict() == pytest.approx({**shares, ("b", "F"): 0.5 / 3})
     assert (got["nunique"] == 1).all()
+    patients = {"train": beats, "val": beats.assign(record="c")}
+    np.testing.assert_array_equal(arr.training_probability(patients), beats["p"])  # unseen patients
+    np.testing.assert_array_equal(arr.training_probability(patients | {"val": beats}), np.full(116, 1 / 116))
 
 
 def test_a_weighted_scaler_is_that_of_a_sample_with_repetitions():

@@ -56,7 +56,7 @@ def describe(features):
         "threshold": 0.0,
         "p_error": SETTING.p_error,
         "security_bits": 128,
-        "test_accuracy": 0.9876,
+        "test_balanced_accuracy": 0.9876,
         "test_rows": 12345,
         "complexity": 1.5e9,
         "pbs": 3,
@@ -358,7 +358,7 @@ def test_the_export_describes_itself_and_overwrites_nothing(exported):
     np.testing.assert_array_equal(apply_scaler(np.array(raw, dtype=float), model["scaler"]), exported[2])
     readme = (deployed / "README.md").read_text()
     for words in (
-        "98.76% of 12,345",
+        "98.76% on 12,345",
         "128 bits",
         "p_error is 9.09e-13",
         "(32 here",

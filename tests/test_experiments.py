@@ -18,7 +18,7 @@ from conftest import ROOT, SMALL, command, refusal, small_network
 import dynamic_pruning_eval as step3
 import fhe_experiments as step5
 import h5_onnx_converter as step4
-from fhe_mlp import circuit, configuration, networks, report
+from fhe_mlp import circuit, configuration, ec57, networks, report
 from fhe_mlp import quantized as q
 from fhe_mlp.arrays import load_arrays
 from fhe_mlp.store import Store
@@ -65,6 +65,7 @@ def counted(monkeypatch):
 
 def test_encrypted_decisions_equal_the_quantized_cleartext_ones(whole, arrays):
     labels = load_arrays(arrays)["test"][1]
+    order = step5.describe(step5.parse_arguments(["--data-dir", str(arrays)])).order
     for batch in (7, 8):
         sheets = pd.read_excel(whole / f"results_batch_{batch}.xlsx", sheet_name=None)
         rows, predictions = sheets["results"], sheets["predictions"]
@@ -78,7 +79,7 @@ def test_encrypted_decisions_equal_the_quantized_cleartext_ones(whole, arrays):
         positive += ["evaluation_keys_MB", "secret_keys_kB", "input_ciphertext_kB", "output_ciphertext_kB"]
         assert (rows[positive] > 0).all(axis=None)
         assert (predictions["decision_fhe"] == predictions["decision_clear"]).all()
-        assert predictions["test_row"].between(50 * batch, 50 * batch + 49).all()
+        assert set(predictions["test_row"]) <= set(order[50 * batch : 50 * batch + 50])
         np.testing.assert_array_equal(predictions["label"], labels[predictions["test_row"]])
         for _, row in rows.iterrows():
             mine = predictions[predictions["q_bits"] == row["q_bits"]]
@@ -106,12 +107,12 @@ def test_encrypted_decisions_equal_the_quantized_cleartext_ones(whole, arrays):
 
 def test_cleartext_accuracy_is_that_of_the_quantized_network_on_the_whole_test_set(whole, arrays):
     data = load_arrays(arrays)
-    calibration = data["train"][0][np.random.default_rng(42).permutation(3000)[: step5.CALIBRATION_ROWS]]
+    calibration = step5.describe(step5.parse_arguments(["--data-dir", str(arrays)])).calibration
     setting = configuration.Setting(6, float(EXACT), 0.0)
     module = circuit.quantize(configuration.load_configuration(whole / "small.onnx", 5, setting, data, calibration, {}))
-    accuracy = np.mean((circuit.outputs(module, data["test"][0], "disable") > 0) == data["test"][1])
+    accuracy = ec57.balanced_accuracy(circuit.outputs(module, data["test"][0], "disable") > 0, data["test"][1])
     rows = steady(whole).query("q_bits == 5")
-    assert list(rows["accuracy_clear_test_set"]) == pytest.approx([accuracy] * 2, abs=1e-9)
+    assert list(rows["balanced_accuracy_test_set"]) == pytest.approx([accuracy] * 2, abs=1e-9)
     assert (rows["test_set_rows"] == len(data["test"][1])).all()
 
 
@@ -130,7 +131,7 @@ def test_what_costs_too_much_or_cannot_compile_is_a_row_and_a_line(arrays, tmp_p
     assert "--max-seconds" in rows.loc[2, "reason"]
     assert rows.loc[5, "reason"] == "AssertionError"
     assert rows["accuracy_fhe"].isna().all()
-    assert rows.loc[2, "accuracy_clear_test_set"] > 0
+    assert rows.loc[2, "balanced_accuracy_test_set"] > 0
     assert "small at 3 bits: cannot compile, NoParametersFound" in capsys.readouterr().out
 
 
@@ -193,13 +194,20 @@ def test_the_reference_evaluates_the_sigmoid_and_does_not_round(arrays, tmp_path
     assert pd.isna(row["rounding_bits"])
 
 
-def test_rows_are_drawn_from_their_batch_whatever_else_is_run():
-    first = step5.drawn_rows(7, 50, 10, 1000, 42)
-    assert len(set(first)) == 10
-    assert 350 <= first.min() <= first.max() < 400
-    np.testing.assert_array_equal(first, step5.drawn_rows(7, 50, 10, 1000, 42))
-    assert list(first) != list(step5.drawn_rows(7, 50, 10, 1000, 43))
-    assert len(step5.drawn_rows(2, 50, 10, 105, 42)) == 5
+def test_rows_are_drawn_by_class_and_record_whatever_else_is_run():
+    """Of 1,000 beats of ten records, 30 are S, 60 V, 6 F; the ten rows of the first batch have all classes."""
+    aami = np.array(["S"] * 30 + ["V"] * 60 + ["F"] * 6 + ["N"] * 904)
+    beats = pd.DataFrame({"record": [str(k % 10) for k in range(1000)], "aami": aami})
+    order = step5.stratified_order(beats, 42)
+    assert sorted(order) == list(range(1000))
+    assert (order != step5.stratified_order(beats, 43)).any()
+    first = step5.drawn_rows(0, 50, 10, order)
+    assert beats["aami"][first].value_counts().to_dict() == {"N": 5, "S": 2, "V": 2, "F": 1}
+    normal = [k for k in order[:100] if aami[k] == "N"]
+    assert len(normal) == 52  # half, and what F leaves when it has run out
+    assert set(beats["record"][normal].value_counts()) <= {5, 6}  # of each of the ten records
+    assert set(step5.drawn_rows(7, 50, 10, order)) < set(order[350:400])
+    assert len(step5.drawn_rows(2, 50, 10, order[:105])) == 5
 
 
 # Resumed and interrupted runs
@@ -343,8 +351,9 @@ def quantized_run(arrays, tmp_path_factory):
     rng = np.random.default_rng(0)
     layers = [(rng.normal(size=(a, b)).astype("f4") / 5, np.zeros(b, "f4")) for a, b in ((32, 4), (4, 1))]
     model = networks.build(layers)
-    step3.fine_tune(model, data, 2, "float")
-    found = step3.quantize(networks.dense_layers(model), data, data["train"][1], 2, 42, "quantized")
+    even = np.full(len(data["train"][1]), 1 / len(data["train"][1]))
+    step3.fine_tune(model, data["train"], even, 2, 0)
+    found = step3.quantize(networks.dense_layers(model), data, data["train"][1], even, 0.0, 2, 42, "quantized")
     chosen = found[found["chosen"]]
     assert list(chosen["bits"]) == list(q.BITS)
     three = chosen.loc[chosen["bits"] == 3, "network"]
@@ -353,7 +362,8 @@ def quantized_run(arrays, tmp_path_factory):
     common = ["--data-dir", str(arrays), "--workdir", str(folder)]
     step4.main(common)
     sure = certain(three.iloc[0], data["test"][0])
-    batch = next(b for b in range(12) if sure[step5.drawn_rows(b, 50, 4, len(sure), 42)].all())
+    order = step5.describe(step5.parse_arguments(["--data-dir", str(arrays)])).order
+    batch = next(b for b in range(12) if sure[step5.drawn_rows(b, 50, 4, order)].all())
     step5.main([*common, "--bits", "2", "3", "--samples", "4", "--start-batch", str(batch), "--p-error", EXACT])
     (folder / f"results_batch_{batch}.xlsx").rename(folder / "results.xlsx")
     return folder, three.iloc[0], data
@@ -364,8 +374,8 @@ def test_trained_networks_are_what_runs_encrypted(quantized_run):
     rows = pd.read_excel(folder / "results.xlsx").set_index("q_bits")
     assert list(rows["quantization"]) == ["post-training", "quantization-aware"]
     assert rows.loc[3, "rounding_bits"] == network.rounding_bits
-    assert rows.loc[3, "accuracy_clear_test_set"] == pytest.approx(network.accuracy(*data["test"]))
-    assert rows.loc[3, "accuracy_clear_validation"] == pytest.approx(network.accuracy(*data["val"]))
+    assert rows.loc[3, "balanced_accuracy_test_set"] == pytest.approx(network.balanced_accuracy(*data["test"]))
+    assert rows.loc[3, "balanced_accuracy_validation"] == pytest.approx(network.balanced_accuracy(*data["val"]))
     assert rows.loc[3, "decisions_equal_clear"] == 4
     predictions = pd.read_excel(folder / "results.xlsx", sheet_name="predictions").query("q_bits == 3")
     X = data["test"][0][predictions["test_row"]]
@@ -424,7 +434,7 @@ def test_damaged_quantized_networks_are_refused(quantized_run, arrays, tmp_path,
 
 def test_of_configurations_that_cost_the_same_the_most_accurate_is_exported():
     found = [(1.9e9, 0.971), (2.870e9, 0.980), (2.871e9, 0.986), (5e9, 0.987)]
-    facts = [{"complexity": c, "accuracy_clear_validation": a} for c, a in found]
+    facts = [{"complexity": c, "balanced_accuracy_validation": a} for c, a in found]
     assert step5.best_for_export(facts, 0.01) == 2
     assert step5.best_for_export(facts, 0.02) == 0
     assert step5.best_for_export(facts, 0.0005) == 3

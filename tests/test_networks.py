@@ -18,6 +18,7 @@ from conftest import RATES, refusal
 import dynamic_pruning_eval as step3
 import h5_onnx_converter as step4
 import MLP_model_0 as step1
+import preprocess_mitbih
 import TF_pruning as step2
 from fhe_mlp import cli, networks, neuron_removal
 from fhe_mlp import quantized as q
@@ -46,16 +47,6 @@ def random_layers(widths, seed=0):
 # Step 1
 
 
-def test_metrics_against_numbers_by_hand():
-    y = np.array([0, 0, 0, 0, 1, 1, 1, 1])
-    probability = np.array([0.1, 0.2, 0.3, 0.9, 0.8, 0.7, 0.6, 0.4])
-    m = step1.classification_metrics(y, probability, np.array(list("NNNNSVVF")))
-    assert m["confusion_matrix"] == {"tn": 3, "fp": 1, "fn": 1, "tp": 3}
-    assert m["accuracy"] == m["precision"] == m["recall"] == m["specificity"] == m["f1"] == 0.75
-    assert m["auc"] == 12 / 16
-    assert m["sensitivity_by_class"] == {"S": 1, "V": 1, "F": 0}
-
-
 def test_balanced_weights_give_both_labels_the_same_say():
     y = np.array([0, 0, 0, 1])
     weights = networks.balanced_weights(y)
@@ -65,13 +56,108 @@ def test_balanced_weights_give_both_labels_the_same_say():
 def test_baseline_is_the_published_network_and_its_report_is_of_the_saved_file(workdir, arrays, keras):
     model = networks.load_mlp(workdir / "MLP_model_0.h5", "")
     assert [layer.units for layer in model.layers if hasattr(layer, "units")] == [64, 64, 32, 16, 1]
-    assert [layer.rate for layer in model.layers if hasattr(layer, "rate")] == [0.2] * 3
+    assert networks.input_noise(model) == step1.NOISE
     metrics = json.loads((workdir / "MLP_model_0_metrics.json").read_text())
-    accuracy = networks.accuracy(model, *load_arrays(arrays)["test"])
-    assert metrics["test"]["accuracy"] == pytest.approx(accuracy, abs=1e-9)
-    assert accuracy > 0.9
+    X, y = load_arrays(arrays)["test"]
+    assert metrics["test"] == step1.figures(model, (X, y), None, named=False)
+    assert metrics["test"]["balanced_accuracy"] > 0.9
+    assert "interval95" not in metrics["test"]  # these arrays name no records
     for name in ("training", "roc"):
         assert (workdir / f"MLP_model_0_{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_threshold_is_moved_to_one_half_and_later_steps_obey_it(arrays, workdir, tmp_path, keras):
+    common = ["--data-dir", str(arrays), "--workdir", str(tmp_path), "--epochs", "1"]
+    step1.main(common)
+    plain = networks.load_mlp(tmp_path / "MLP_model_0.h5", "")
+    metrics = json.loads((tmp_path / "MLP_model_0_metrics.json").read_text())
+    step1.main([*common, "--threshold", "0.9"])
+    shifted = networks.load_mlp(tmp_path / "MLP_model_0.h5", "")
+    own = np.log(metrics["threshold"] / (1 - metrics["threshold"]))
+    X = load_arrays(arrays)["test"][0]
+    logits = [forward(networks.dense_layers(model), X) for model in (plain, shifted)]
+    np.testing.assert_allclose(logits[0] + own - np.log(9), logits[1], atol=1e-4)
+    assert networks.logit_shift(tmp_path) == pytest.approx(-np.log(9))
+    found = [np.mean(logits[1] > 0)]
+    step2.main(common)
+    step3.main([*common[:4], "--rates", "50", "--fine-tune-epochs", "1", "--quantization-epochs", "1"])
+    for path in (tmp_path / "tf_pruned_model.h5", *networks.by_rank(tmp_path, ".h5")):
+        found.append(np.mean(networks.decisions(networks.load_mlp(path, ""), X)))
+    found += [np.mean(network.run(X)[0] > 0) for network in q.read_h5(path, "")]
+    usual = np.mean(networks.decisions(networks.load_mlp(workdir / "tf_pruned_model.h5", ""), X))
+    assert max(found) < usual - 0.02, (found, usual)  # fewer beats are called abnormal
+
+
+def inter_patient(records, folder):
+    """Arrays of small records, DS1 against DS2."""
+    preprocess_mitbih.main(
+        ["--records-dir", str(records), "--data-dir", str(folder), "--split", "inter-patient", "--abnormal", "S", "V"]
+    )
+    return folder
+
+
+def test_unseen_patients_get_more_noise_and_figures_by_record(records, tmp_path, keras):
+    data = inter_patient(records, tmp_path / "data")
+    step1.main(["--data-dir", str(data), "--workdir", str(tmp_path), "--epochs", "2"])
+    metrics = json.loads((tmp_path / "MLP_model_0_metrics.json").read_text())
+    assert metrics["unseen_patients"]
+    assert metrics["noise"] == networks.input_noise(networks.load_mlp(tmp_path / "MLP_model_0.h5", "")) == 0.75
+    table = pd.DataFrame(metrics["test_by_record"]).set_index("record")
+    assert list(table.index) == ["100", "103"]
+    assert table["beats"].sum() == metrics["test"]["beats"]
+    assert metrics["test"]["average"]["specificity"] == pytest.approx(table["specificity"].mean())
+    assert (tmp_path / "MLP_model_0_records.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_folds_hold_out_whole_patients_with_their_copies(monkeypatch):
+    import tensorflow as tf
+
+    names = [f"1{k:02}" for k in range(6)]
+    beats = pd.DataFrame({"record": [n for n in names for _ in range(4)], "aami": list("NNVS") * 6})
+    copies = beats[beats["record"] == "102"].assign(record="102-S0.3")
+    beats = {"train": pd.concat([beats[:16], copies], ignore_index=True), "val": beats[16:].reset_index(drop=True)}
+    data = {
+        part: (b["record"].str[1:3].astype(int).to_numpy()[:, None], (b["aami"] != "N").to_numpy().astype(int))
+        for part, b in beats.items()
+    }
+    seen = []
+
+    def train(rows, probability, recipe):
+        seen.append({names[k] for k in rows[0][:, 0].astype(int)})
+        assert probability.sum() == pytest.approx(1)
+        likely = 0.5 + 0.2 * (
+            len(seen) % 2
+        )  # of an abnormal beat, all the same: over the threshold in every other fold
+        return (lambda X: tf.fill((len(X), 1), likely)), {}
+
+    monkeypatch.setattr(step1, "train", train)
+    recipe = step1.Recipe((4,), 0.5, 1, 2, 0.1, 0.6, 0)
+    found = step1.cross_validate(data, beats, 3, recipe)
+    assert all(len(patients) == 4 for patients in seen)
+    held_out = [set(names) - patients for patients in seen]
+    assert set.union(*held_out) == set(names)
+    for row in found["by_record"]:
+        decided = next(k for k, out in enumerate(held_out, 1) if row["record"] in out) % 2
+        assert (row["tp"], row["fp"]) == (2 * decided, 2 * decided)
+    assert found["patients"]["beats"] == 24
+    assert found["copies in which S is frequent"]["beats"] == 4
+    with pytest.raises(cli.InputError, match="6 known patients"):
+        step1.cross_validate(data, beats, 7, recipe)
+
+
+def test_draws_follow_their_probabilities_anew_in_each_epoch(keras):
+    y = np.array([0] * 90 + [1] * 10)
+    probability = np.where(y, 0.05, 0.5 / 90)
+    draws = networks.training_draws(np.arange(100)[:, None], y, probability, 8, 0)
+    assert len(draws) == 3  # 20 rows, as many as a balanced part would hold
+    first = np.concatenate([draws[k][0] for k in range(3)])
+    draws.on_epoch_end()
+    assert (first != np.concatenate([draws[k][0] for k in range(3)])).any()
+    labels = []
+    for _ in range(200):
+        labels += [draws[k][1] for k in range(3)]
+        draws.on_epoch_end()
+    assert np.mean(np.concatenate(labels)) == pytest.approx(0.5, abs=0.03)
 
 
 def test_same_seed_same_network_other_seed_another(arrays, tmp_path, keras):
@@ -110,7 +196,8 @@ def test_block_mask_zeroes_whole_blocks_of_the_least_mean(rows):
 
 @pytest.mark.parametrize(("option", "rows"), [("neuron", None), ("4", 4), ("1", 1)])
 def test_pruned_file_is_three_quarters_zero_in_whole_blocks(workdir, arrays, tmp_path, keras, option, rows):
-    shutil.copy(workdir / "MLP_model_0.h5", tmp_path)
+    for name in ("MLP_model_0.h5", "MLP_model_0_metrics.json"):
+        shutil.copy(workdir / name, tmp_path)
     step2.main(["--data-dir", str(arrays), "--workdir", str(tmp_path), "--epochs", "1", "--block-rows", option])
     model = networks.load_mlp(tmp_path / "tf_pruned_model.h5", "")
     report = json.loads((tmp_path / "tf_pruned_model_metrics.json").read_text())
@@ -120,8 +207,8 @@ def test_pruned_file_is_three_quarters_zero_in_whole_blocks(workdir, arrays, tmp
         assert np.mean(kernel == 0) == pytest.approx(0.75, abs=0.01)
         blocks = (kernel == 0).reshape(-1, rows or len(kernel), kernel.shape[1])
         assert (blocks.all(axis=1) == blocks.any(axis=1)).all()
-    assert report["accuracy"]["after"] == report["accuracy"]["reloaded"]
-    assert report["accuracy"]["before"]["val"] == networks.accuracy(
+    assert report["figures"]["after"] == report["figures"]["reloaded"]
+    assert report["figures"]["before"]["val"]["balanced_accuracy"] == networks.balanced_accuracy(
         networks.load_mlp(tmp_path / "MLP_model_0.h5", ""), *load_arrays(arrays)["val"]
     )
 
@@ -208,31 +295,40 @@ def test_step3_files_hold_what_the_workbook_says(workdir, arrays, keras):
     for rank, path in enumerate(files, 1):
         row = kept[kept["file"] == path.name].iloc[0]
         model = networks.load_mlp(path, "")
-        widths = [layer.units for layer in model.layers[:-1]]
-        assert path.name == f"pruned_model_top_{rank}_prune_{row['rate_percent']}_acc_{row['val_accuracy']:.4f}.h5"
+        widths = [layer.units for layer in model.layers[:-1] if hasattr(layer, "units")]
+        assert (
+            path.name
+            == f"pruned_model_top_{rank}_prune_{row['rate_percent']}_acc_{row['val_balanced_accuracy']:.4f}.h5"
+        )
         total = sum(n - n * row["rate_percent"] // 100 for n in (64, 64, 32, 16))
         assert widths == [n for n in neuron_removal.share_neurons(total, (64, 64, 32, 16), step3.MIN_WIDTH) if n]
         assert row["hidden_neurons"] == sum(widths)
         assert row["parameters"] == model.count_params()
-        assert networks.accuracy(model, *data["val"]) == pytest.approx(row["val_accuracy"], abs=1e-12)
-        assert networks.accuracy(model, *data["test"]) == pytest.approx(row["test_accuracy"], abs=1e-12)
+        assert networks.balanced_accuracy(model, *data["val"]) == pytest.approx(row["val_balanced_accuracy"], abs=1e-12)
+        assert networks.balanced_accuracy(model, *data["test"]) == pytest.approx(
+            row["test_balanced_accuracy"], abs=1e-12
+        )
         assert 0 < row["latency_row_ms"] < row["latency_set_ms"] * 50
         chosen = {n.bits: n for n in q.read_h5(path, "")}
         said = quantized[(quantized["rate_percent"] == row["rate_percent"]) & quantized["chosen"]].set_index("bits")
         assert list(chosen) == list(said.index) == list(q.BITS)
         for bits, network in chosen.items():
-            assert network.accuracy(*data["val"]) == pytest.approx(said.loc[bits, "val_accuracy"], abs=1e-12)
-            assert network.accuracy(*data["test"]) == pytest.approx(said.loc[bits, "test_accuracy"], abs=1e-12)
+            assert network.balanced_accuracy(*data["val"]) == pytest.approx(
+                said.loc[bits, "val_balanced_accuracy"], abs=1e-12
+            )
+            assert network.balanced_accuracy(*data["test"]) == pytest.approx(
+                said.loc[bits, "test_balanced_accuracy"], abs=1e-12
+            )
             assert network.rounding_bits == said.loc[bits, "rounding_bits"]
             assert network.pbs() == said.loc[bits, "pbs"] == sum(widths)
-        assert row["quantized_val_accuracy"] == said.loc[row["quantized_bits"], "val_accuracy"]
+        assert row["quantized_val_balanced_accuracy"] == said.loc[row["quantized_bits"], "val_balanced_accuracy"]
         assert row["predicted_complexity"] == said.loc[row["quantized_bits"], "predicted_complexity"]
     for name in ("accuracy", "cost", "latency"):
         assert (workdir / f"dynamic_pruning_{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_one_shot_pruning_only_removes_and_an_earlier_run_does_not_linger(workdir, arrays, tmp_path, keras):
-    for name in ("MLP_model_0.h5", "tf_pruned_model.h5"):
+    for name in ("MLP_model_0.h5", "MLP_model_0_metrics.json", "tf_pruned_model.h5"):
         shutil.copy(workdir / name, tmp_path)
     (tmp_path / "quantized").mkdir()
     stale = "pruned_model_top_1_prune_25_acc_0.1234"
@@ -260,7 +356,8 @@ def test_same_seed_same_pruned_networks(workdir, arrays, tmp_path, keras):
     for run in ("a", "b"):
         folder = tmp_path / run
         folder.mkdir()
-        shutil.copy(workdir / "MLP_model_0.h5", folder)
+        for name in ("MLP_model_0.h5", "MLP_model_0_metrics.json"):
+            shutil.copy(workdir / name, folder)
         common = ["--data-dir", str(arrays), "--workdir", str(folder)]
         step2.main([*common, "--epochs", "1"])
         step3.main([*common, "--rates", "80", "--fine-tune-epochs", "1", "--quantization-epochs", "1"])
@@ -344,6 +441,7 @@ def corrupt(path, how, tmp_path):
 )
 def test_bad_networks_are_refused_in_one_line(workdir, arrays, tmp_path, capsys, how):
     common = ["--data-dir", arrays, "--workdir", tmp_path]
+    shutil.copy(workdir / "MLP_model_0_metrics.json", tmp_path)
     for step, source, command in (
         (step2, "MLP_model_0.h5", "python MLP_model_0.py"),
         (step3, "tf_pruned_model.h5", "python TF_pruning.py"),
@@ -398,7 +496,7 @@ def test_a_training_that_ends_in_nan_keeps_the_network_that_was_there(workdir, a
 @pytest.mark.parametrize("step", [step1, step3])
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(workdir, arrays, tmp_path, capsys, keras, monkeypatch, step):
     """The third file that is written finds no room."""
-    for path in workdir.glob("*.h5"):
+    for path in (*workdir.glob("*.h5"), workdir / "MLP_model_0_metrics.json"):
         shutil.copy(path, tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     write_bytes, calls = cli.Path.write_bytes, []

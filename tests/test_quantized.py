@@ -274,11 +274,12 @@ def test_a_graph_without_nodes_or_output_is_no_network(tmp_path, part):
 def test_training_gains_what_quantization_lost(arrays, keras_once):
     data = load_arrays(arrays)
     model = networks.build(float_layers((32, 16, 1)))
-    step3.fine_tune(model, data, 5, "float")
+    even = np.full(len(data["train"][1]), 1 / len(data["train"][1]))
+    step3.fine_tune(model, data["train"], even, 5, 0)
     ensemble = qat.Ensemble(networks.dense_layers(model), [(2, 4), (3, 4)], data["train"][0])
-    before = [n.accuracy(*data["val"]) for n in ensemble.networks(data["train"][0])]
-    ensemble.train(data, data["train"][1], 8, 42)
-    after = [n.accuracy(*data["val"]) for n in ensemble.networks(data["train"][0])]
+    before = [n.balanced_accuracy(*data["val"]) for n in ensemble.networks(data["train"][0])]
+    ensemble.train(data, data["train"][1], even, 0.1, 8, 42)
+    after = [n.balanced_accuracy(*data["val"]) for n in ensemble.networks(data["train"][0])]
     assert min(np.subtract(after, before)) > 0.01, (before, after)
 
 
@@ -312,12 +313,15 @@ def test_rank_is_by_cost_among_the_accurate_and_by_accuracy_among_the_rest():
     table = pd.DataFrame(
         {
             "rate_percent": [25, 50, 75, 90, 95],
-            "val_accuracy": [0.99, 0.98, 0.98, 0.97, 0.9],
-            "quantized_val_accuracy": [np.nan, 0.985, 0.981, 0.97, 0.975],
+            "val_balanced_accuracy": [0.99, 0.98, 0.98, 0.97, 0.9],
+            "quantized_val_balanced_accuracy": [np.nan, 0.985, 0.981, 0.97, 0.975],
             "predicted_complexity": [np.nan, 9e9, 4e9, 2e9, 1e9],
         }
     )
     assert step3.rank(table, 0.98) == [2, 1, 4, 3, 0]
-    assert step3.rank(table.drop(columns="quantized_val_accuracy"), 0.98) == [0, 2, 1, 3, 4]
-    assert step3.lowest_cost(table[1:].rename(columns={"quantized_val_accuracy": "x"}), 0.98)["rate_percent"] == 75
+    assert step3.rank(table.drop(columns="quantized_val_balanced_accuracy"), 0.98) == [0, 2, 1, 3, 4]
+    assert (
+        step3.lowest_cost(table[1:].rename(columns={"quantized_val_balanced_accuracy": "x"}), 0.98)["rate_percent"]
+        == 75
+    )
     assert step3.lowest_cost(table, 1.0)["rate_percent"] == 25

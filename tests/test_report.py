@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import openpyxl
 import pandas as pd
 import pytest
 
-from fhe_mlp import report
+from fhe_mlp import ec57, report, steps
+from fhe_mlp.cli import InputError
 
 
 def run(identity, batch, seconds=1.0, right=1):
@@ -17,7 +20,12 @@ def run(identity, batch, seconds=1.0, right=1):
 
 def configuration(name, batch=0, **facts):
     base = {"model_name": name, "q_bits": 3, "identity": name, "status": "ok", "complexity": 1e9, "cores": 2}
-    base |= {"accuracy_clear_validation": 0.9, "accuracy_clear_test_set": 0.9, "test_set_rows": 10, "processor": "fast"}
+    base |= {
+        "balanced_accuracy_validation": 0.9,
+        "balanced_accuracy_test_set": 0.9,
+        "test_set_rows": 10,
+        "processor": "fast",
+    }
     return {**base, "batch": batch, **facts}
 
 
@@ -84,13 +92,13 @@ def test_a_workbook_is_fit_to_be_read_and_printed(tmp_path):
 def test_the_picture_draws_accuracies_where_they_are(tmp_path, monkeypatch):
     summary = report.summarize(
         pd.DataFrame(
-            [configuration("m", accuracy_clear_test_set=0.998), configuration("n", accuracy_clear_test_set=1.0)]
+            [configuration("m", balanced_accuracy_test_set=0.998), configuration("n", balanced_accuracy_test_set=1.0)]
         ),
         pd.DataFrame([run("m", 0), run("n", 0)]),
         float("nan"),
     )
     others = pd.DataFrame(
-        [{"name": "other", "kind": "CKKS", "accuracy": 0.97, "complexity": None, "seconds": 0.5}],
+        [{"name": "other", "kind": "CKKS", "balanced_accuracy": 0.97, "complexity": None, "seconds": 0.5}],
         columns=report.COMPARISON_COLUMNS,
     )
     drawn = []
@@ -103,3 +111,37 @@ def test_the_picture_draws_accuracies_where_they_are(tmp_path, monkeypatch):
     low, high = right.get_ylim()
     assert low < 0.97
     assert high > report.DRAWN[1]
+
+
+def test_networks_of_two_folders_stand_side_by_side_by_what_was_removed(tmp_path, monkeypatch):
+    def results(accuracy, rank, patients):
+        folder = tmp_path / patients
+        folder.mkdir()
+        found = dict.fromkeys(ec57.FIGURES, accuracy) | {"interval95": {"balanced_accuracy": [0.6, 0.95]}}
+        (folder / "MLP_model_0_metrics.json").write_text(json.dumps({"test": found}))
+        rates = {"rates": [{"rate_percent": 90, "test_balanced_accuracy": accuracy - 0.01}]}
+        (folder / "dynamic_pruning_metrics.json").write_text(json.dumps(rates))
+        name = f"pruned_model_top_{rank}_prune_90_acc_0.9876"
+        summary = pd.DataFrame([configuration(name, balanced_accuracy_test_set=accuracy - 0.02, accuracy_fhe=1.0)])
+        table = steps.steps_table(folder, summary, patients)
+        table.to_csv(folder / steps.STEPS, index=False)
+        return folder, table
+
+    (_, known), (folder, unseen) = results(0.9, 1, "known patients"), results(0.8, 3, "unseen patients")
+    joined = steps.side_by_side([known, steps.read_steps(folder)]).set_index("network")
+    assert list(joined.index) == ["baseline", "90 % of neurons removed", "90 % of neurons removed, 3 bits"]
+    assert joined["balanced_accuracy, known patients"].to_list() == pytest.approx([0.9, 0.89, 0.88])
+    assert joined["balanced_accuracy, unseen patients"].to_list() == pytest.approx([0.8, 0.79, 0.78])
+    assert joined["accuracy_fhe, unseen patients"].to_list()[2] == 1
+    drawn = []
+    monkeypatch.setattr(steps, "save_figure", lambda figure, path: drawn.append(figure))
+    steps.plot_steps([known, unseen], tmp_path / "s.png")
+    heights = sorted(y for container in drawn[0].axes[0].containers for y in container.lines[0].get_ydata())
+    assert heights == pytest.approx([78, 79, 80, 88, 89, 90])
+    assert not len(
+        steps.side_by_side([steps.steps_table(tmp_path, pd.DataFrame(columns=["balanced_accuracy_test_set"]), "x")])
+    )
+    (folder / steps.STEPS).write_text("a,b\n1,2\n")
+    for damaged in (folder, tmp_path):
+        with pytest.raises(InputError, match="fhe_steps.csv: .*; make it with: python fhe_experiments.py"):
+            steps.read_steps(damaged)

@@ -92,10 +92,10 @@ def test_make_reruns_the_edited_stage_and_what_follows_and_nothing_else(tmp_path
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (2e9 + age, 2e9 + age))
 
-    def would_run(*edited):
-        options = [word for name in edited for word in ("-W", name)]
-        shown = subprocess.run(["make", "-n", *options], cwd=tmp_path, capture_output=True, text=True, check=True)
-        return [line.split()[-1] for line in shown.stdout.splitlines() if line.endswith(".py")]
+    def would_run(*edited, target="all"):
+        argv = ["make", "-n", target, *(word for name in edited for word in ("-W", name))]
+        shown = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return [line.split()[1] for line in shown.stdout.splitlines() if line.startswith(".venv/bin/python ")]
 
     assert would_run() == []
     for number, step in enumerate(STEPS):
@@ -104,7 +104,8 @@ def test_make_reruns_the_edited_stage_and_what_follows_and_nothing_else(tmp_path
         assert would_run(numbers) == STEPS
     for numbers in ("quantized", "qat", "neuron_removal"):
         assert would_run(f"fhe_mlp/{numbers}.py") == STEPS[2:]
-    for looks in ("report", "store", "cluster", "circuit", "configuration"):
+    assert would_run(target="patients") == ["preprocess_mitbih.py", *STEPS]
+    for looks in ("report", "steps", "store", "cluster", "circuit", "configuration"):
         assert would_run(f"fhe_mlp/{looks}.py") == STEPS[4:]  # which computes only what its database does not have
     for nothing in ("preprocess_mitbih.py", "fhe_mlp/cli.py", "fhe_mlp/ecg_features.py"):
         assert would_run(nothing) == []

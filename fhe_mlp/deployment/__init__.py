@@ -39,9 +39,9 @@ def export(module: QuantizedModule, model: dict[str, Any], X: np.ndarray, folder
     """Write client/, server/ and README.md into the new `folder`, all or nothing.
 
     module: compiled. model: what model.json tells the client: name, output ("logit" or "probability"), threshold,
-    p_error, security_bits, test_accuracy, test_rows, complexity, pbs, features (a list of name, unit and formula) and
-    scaler (mean and sd of each feature, clip_sd). X: scaled rows (n, features) for example_beats.csv; what was
-    clipped stays so. Raises InputError when `folder` is there already.
+    p_error, security_bits, test_balanced_accuracy, test_rows, complexity, pbs, features (a list of name, unit and
+    formula) and scaler (mean and sd of each feature, clip_sd). X: scaled rows (n, features) for example_beats.csv; what
+    was clipped stays so. Raises InputError when `folder` is there already.
     """
     from concrete.ml.deployment import FHEModelDev
 
@@ -61,7 +61,7 @@ def export(module: QuantizedModule, model: dict[str, Any], X: np.ndarray, folder
             writer.writerows((X * np.array(model["scaler"]["sd"]) + np.array(model["scaler"]["mean"])).tolist())
         readme = Template((HERE / "README.md").read_text(encoding="utf-8")).substitute(
             name=model["name"],
-            accuracy=f"{model['test_accuracy']:.2%}",
+            accuracy=f"{model['test_balanced_accuracy']:.2%}",
             rows=f"{model['test_rows']:,}",
             complexity=f"{model['complexity']:.3g}",
             pbs=f"{model['pbs']:,}",
