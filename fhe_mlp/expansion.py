@@ -1,0 +1,53 @@
+"""Public maps of features that a client evaluates before it encrypts, so that a linear model can be enough.
+
+Additions and products with known weights cost little on ciphertexts; only what is not linear needs a bootstrap. A map
+without labels and without secrets does that part in the clear, on the client's side. It depends on the number of
+features alone and never on data.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+
+NONE, PRODUCTS, FOURIER = "none", "products", "fourier:"
+SEED = 0  # of the Fourier map; public, since client and server have to use the same map
+MOST_WAVES = 65_536  # of a Fourier map; with 32 features its frequencies take 17 MB
+
+
+def expansion(text: str) -> str:
+    """argparse type: "none", "products" or "fourier:N" for N from 1 to MOST_WAVES."""
+    waves = text.removeprefix(FOURIER)
+    if text in (NONE, PRODUCTS):
+        return text
+    if text.startswith(FOURIER) and waves.isascii() and waves.isdecimal() and 0 < int(waves) <= MOST_WAVES:
+        return f"{FOURIER}{int(waves)}"
+    raise argparse.ArgumentTypeError(f"{text!r} is not none, products or fourier:N with N from 1 to {MOST_WAVES}")
+
+
+def products(X: np.ndarray) -> np.ndarray:
+    """(n, d + d (d + 1) / 2) float32: the columns of X (n, d), then x_i x_j for i <= j in the order (0, 0), (0, 1)."""
+    first, second = np.triu_indices(X.shape[1])
+    return np.hstack([X, X[:, first] * X[:, second]]).astype(np.float32)
+
+
+def fourier(X: np.ndarray, waves: int) -> np.ndarray:
+    """(n, waves) float32: cos(X W + b) of X (n, d), random Fourier features (Rahimi & Recht, NIPS 2007).
+
+    W (d, waves) is drawn from N(0, 1/d), so that standardised features give phases of about unit variance whatever
+    their number, and b (waves,) from U(0, 2 pi). A linear model of these approximates one with a Gaussian kernel.
+    """
+    features = X.shape[1]
+    # NumPy freezes the numbers of RandomState; those of default_rng may change between versions of client and server.
+    random = np.random.RandomState(SEED)
+    W = random.normal(0, features**-0.5, (features, waves))
+    b = random.uniform(0, 2 * np.pi, waves)
+    return np.cos(X @ W + b).astype(np.float32)
+
+
+def expand(X: np.ndarray, spec: str) -> np.ndarray:
+    """The map that `spec` (of `expansion`) names, of rows X (n, d) float32; float32."""
+    if spec == PRODUCTS:
+        return products(X)
+    return X if spec == NONE else fourier(X, int(spec.removeprefix(FOURIER)))
