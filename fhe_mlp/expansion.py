@@ -8,6 +8,7 @@ features alone and never on data.
 from __future__ import annotations
 
 import argparse
+import functools
 
 import numpy as np
 
@@ -32,17 +33,23 @@ def products(X: np.ndarray) -> np.ndarray:
     return np.hstack([X, X[:, first] * X[:, second]]).astype(np.float32)
 
 
+@functools.lru_cache(maxsize=1)  # drawing takes longer than the map of one row
+def frequencies(features: int, waves: int) -> tuple[np.ndarray, np.ndarray]:
+    """W (features, waves) from N(0, 1 / features) and b (waves,) from U(0, 2 pi), float64, the same at every call.
+
+    Standardised features then give phases of about unit variance, whatever their number.
+    """
+    # NumPy freezes the numbers of RandomState; those of default_rng may change between versions of client and server.
+    random = np.random.RandomState(SEED)
+    return random.normal(0, features**-0.5, (features, waves)), random.uniform(0, 2 * np.pi, waves)
+
+
 def fourier(X: np.ndarray, waves: int) -> np.ndarray:
     """(n, waves) float32: cos(X W + b) of X (n, d), random Fourier features (Rahimi & Recht, NIPS 2007).
 
-    W (d, waves) is drawn from N(0, 1/d), so that standardised features give phases of about unit variance whatever
-    their number, and b (waves,) from U(0, 2 pi). A linear model of these approximates one with a Gaussian kernel.
+    A linear model of these approximates one with a Gaussian kernel.
     """
-    features = X.shape[1]
-    # NumPy freezes the numbers of RandomState; those of default_rng may change between versions of client and server.
-    random = np.random.RandomState(SEED)
-    W = random.normal(0, features**-0.5, (features, waves))
-    b = random.uniform(0, 2 * np.pi, waves)
+    W, b = frequencies(X.shape[1], waves)
     return np.cos(X @ W + b).astype(np.float32)
 
 

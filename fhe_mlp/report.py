@@ -25,7 +25,7 @@ HEADER_COLOUR = "1F4E79"  # of workbooks
 NUMBER_FORMATS = {  # of workbook columns, by a part of their name
     "accuracy|^output_[cf]|sensitivity|specificity|predictive|found_": "0.0000",
     "^perc_": "0.0",
-    "complexity_ratio": "#,##0",
+    "complexity_ratio|beats_per": "#,##0",
     "complexity|^p_": "0.00E+00",
     "_time$|seconds|_ms$|_MB$|_kB$": "0.000",
     r"^\d bits$": "0.0000",
@@ -56,10 +56,16 @@ PRINTED_COLUMNS = (
 ).split()
 COMPARISON_COLUMNS = (  # of other models: default PTQ's of step 5, and what `make bench` measures
     "name kind model_name q_bits balanced_accuracy balanced_accuracy_validation accuracy_simulated pbs complexity "
-    "compared keygen_time seconds seconds_iqr n right note"
+    "compared keygen_time seconds seconds_iqr beats_per_second up_kB down_kB client_computes n right "
+    "decisions_equal_clear note"
 ).split()
 OURS = "this pipeline"  # kind of the models in a comparison that the summary has already
-MARKERS = {"default PTQ": "D", "Concrete ML models": "s", "CKKS": "^"}  # of the frontier picture, by kind of model
+MARKERS = {  # of the frontier picture, by kind of model
+    "default PTQ": "D",
+    "Concrete ML models": "s",
+    "linear on a public map": "P",
+    "CKKS": "^",
+}
 ACCURACY_TICKS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999)
 DRAWN = (0.45, 0.9995)  # accuracies that have a place on the picture's logit scale; those beyond stand at its ends
 
