@@ -28,7 +28,7 @@ SPACE_BYTES = 200_000  # that a run needs at least on the disk
 INSTRUCTION_SETS = (
     "avx2",
     "avx512f",
-)  # flags of /proc/cpuinfo; a bootstrap takes 3 to 4 times as long without the second
+)  # flags of /proc/cpuinfo; without the second a bootstrap takes 3 to 4 times as long
 PR_SET_PDEATHSIG = 1  # of prctl(2): which signal a process gets when its parent dies
 
 

@@ -5,7 +5,7 @@ with n_bits only), Concrete ML's own models, linear models on public maps of the
 ciphertext by concrete_ml_extensions) and an MLP with square activation under CKKS (TenSEAL). Accuracy is that of the
 quantized model on the whole test set; seconds are encrypted, one beat at a time, with all that the client does, but for
 the packed CKKS batch, whose seconds are those of the whole batch. Bytes are those of one beat, without keys.
-Rivals are trained on rows weighted by class and record as step 1 draws them, and for unseen patients with its noise.
+Rivals are trained on the draws and with the noise of step 1.
 
 Reads   what steps 1 to 5 wrote to --workdir, and the arrays in --data-dir
 Writes  its rows to fhe_results.sqlite in --workdir, and fhe_summary.xlsx (sheet "comparison") and fhe_frontier.png anew
@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 import fhe_experiments as step5  # noqa: E402
 import MLP_model_0 as step1  # noqa: E402
 from fhe_mlp import circuit, cli, ec57, expansion, networks, report  # noqa: E402
-from fhe_mlp.arrays import draw_probability, rows_of  # noqa: E402
+from fhe_mlp.arrays import rows_of, training_probability  # noqa: E402
 from fhe_mlp.configuration import DEFAULT_PTQ, Configuration, load_configuration  # noqa: E402
 from fhe_mlp.store import Store  # noqa: E402
 
@@ -382,9 +382,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     X, y = data["test"]
     drawn = experiment.order[:SAMPLES]  # stratified, and so is every beginning of it
     data["drawn"] = (X[drawn], y[drawn])
-    data["probability"] = draw_probability(rows_of(args.data_dir, experiment.data)[0]["train"])
-    # For known patients noise cost the linear models up to 0.4 points on validation rows, so rivals do without.
-    data["noise"] = step1.NOISE_UNSEEN if experiment.patients == "unseen patients" else 0.0
+    data["probability"] = training_probability(rows_of(args.data_dir, experiment.data)[0])
+    data["noise"] = step1.NOISE_UNSEEN if experiment.patients == "unseen patients" else step1.NOISE
     with Store(args.workdir / step5.DATABASE) as store, warnings.catch_warnings(), tqdm(desc="models") as bar:
         warnings.simplefilter("ignore")  # scikit-learn's and skorch's own deprecations
         shown = step5.report_for(args, experiment, paths, store)
