@@ -372,6 +372,9 @@ def described_settings(args: argparse.Namespace, experiment: Experiment, referen
         "rounding steps may be taken for either, so that encrypted outputs are often some steps off; "
         "accuracy_simulated has this noise, accuracy_clear_same_rows is without it on the same rows",
         "security_bits": "Concrete's security level of keys and ciphertexts; p_error does not change it",
+        "patients of the test set": experiment.patients,
+        "encrypted and simulated rows": "drawn by class and record, half of them N, so harder than the test set",
+        "*_low95, *_high95": "95 % intervals; of the test set by a bootstrap over records, of encrypted rows Wilson's",
         "calibration": f"{CALIBRATION_ROWS} training rows and those of each accumulator's minimum and maximum",
         "default PTQ": f"{reference.stem}, n_bits only, {DEFAULT_PTQ_ROWS} training rows as calibration",
         "complexity_ratio_default_ptq": "complexity of default PTQ, at the fewest bits whose validation accuracy is "

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 DRAWS = 2000  # of the bootstrap
+GROUPS = 50  # of beats, in place of records where these are unknown
 SEED = 0  # of the bootstrap: the same decisions have the same interval
 FIGURES = ("balanced_accuracy", "sensitivity", "specificity", "positive_predictive_value")
 THRESHOLDS = np.arange(5, 96) / 100  # probabilities that are tried
@@ -89,9 +90,11 @@ def choose_threshold(probability: np.ndarray, y: np.ndarray, records: np.ndarray
     """The probability (of THRESHOLDS) above which a beat is called abnormal, for the best balanced accuracy.
 
     It is the `usual` one unless the best is better by more than two standard errors of the difference, which come from
-    the bootstrap over records: a few validation records say little about the next patient.
-    probability, y, records: (n,).
+    the bootstrap over records: a few validation records say little about the next patient. Beats of one record, or of
+    unknown ones, are drawn in GROUPS groups. probability, y, records: (n,).
     """
+    if len(set(records)) == 1:
+        records = np.arange(len(y)) % GROUPS
     names, owner = np.unique(records, return_inverse=True)
     above = probability[:, None] > THRESHOLDS
     tp, fp = (np.zeros((len(names), len(THRESHOLDS))) for _ in range(2))

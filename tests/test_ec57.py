@@ -58,3 +58,7 @@ def test_the_threshold_leaves_the_usual_one_only_where_the_records_agree():
     some = np.where(records == "a", clear, np.where(y, 0.8, 0.2))  # one patient in ten would have it lower
     assert ec57.choose_threshold(some, y, records, 0.5) == 0.5
     assert ec57.choose_threshold(some, y, records, 0.7) == 0.7
+    unknown = np.full(2000, "unknown")
+    assert 0.15 <= ec57.choose_threshold(clear, y, unknown, 0.5) <= 0.25
+    one = np.where(np.arange(2000) == 1, 0.45, np.where(y, 0.8, 0.2))  # a single beat would have it lower
+    assert ec57.choose_threshold(one, y, unknown, 0.5) == 0.5
