@@ -1,6 +1,8 @@
 # make             set up .venv and run steps 1 to 5 on the shipped data; a step reruns when what it depends on changed
 # make patients    the same for patients that training has not seen, in patients/ and beside the results of make; needs
 #                  the records (downloads them like make data, or: make patients MITDB_DIR=folder)
+# make demo        five minutes of record 233 from encryption to a picture, in demo/, by a network that has seen nothing of
+#                  it, and what its annotations say (after make patients, which it runs; docs/DEPLOYMENT.md)
 # make test        set up .venv and run the tests
 # make bench       measure the front against default PTQ and other models (after make)
 # make data        rebuild data/ from the MIT-BIH records (downloads 94 MB into data/mitdb when they are not there)
@@ -8,7 +10,7 @@
 # make clean       remove the results, keep .venv and data/
 
 .DELETE_ON_ERROR:
-.PHONY: all patients test bench data constraints lint clean
+.PHONY: all patients demo test bench data constraints lint clean
 
 CHECK := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 13))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
@@ -21,6 +23,7 @@ P :=
 OPTIONS := $(if $P,--data-dir $Pdata --workdir $P)
 ARRAYS := $(if $P,$Pdata/dataset.json,$(wildcard data/*.npy) data/dataset.json)
 RECORDS := $(if $(MITDB_DIR),--records-dir $(MITDB_DIR) --no-download)
+DEMO_RECORD := $(abspath $(or $(MITDB_DIR),data/mitdb))/233
 step = $(strip $(RUN) $1 $(OPTIONS) $2)
 
 all: $P.fhe.stamp
@@ -61,8 +64,19 @@ $P.fhe.stamp: fhe_experiments.py $(addprefix fhe_mlp/,configuration.py circuit.p
 	$(call step,fhe_experiments.py,$(if $P,--beside .))
 	@touch $@
 
-patients/data/dataset.json: preprocess_mitbih.py fhe_mlp/ecg_features.py fhe_mlp/arrays.py | .venv/.ready
+patients/data/dataset.json: preprocess_mitbih.py $(addprefix fhe_mlp/,ecg_features.py records.py arrays.py) | .venv/.ready
 	$(RUN) preprocess_mitbih.py --abnormal S V F --split inter-patient --data-dir patients/data $(RECORDS)
+
+# Each side runs in its own folder, as it would on its own machine.
+demo: patients
+	rm -rf demo
+	$(RUN) fhe_experiments.py --data-dir patients/data --workdir patients --export demo
+	cd demo/client && ../../$(RUN) client.py keys && ../../$(RUN) client.py encrypt $(DEMO_RECORD) --minutes 5
+	mv demo/client/evaluation_keys.zip demo/client/encrypted_beats.zip demo/server
+	cd demo/server && ../../$(RUN) server.py encrypted_beats.zip evaluation_keys.zip
+	mv demo/server/encrypted_answers.zip demo/client
+	cd demo/client && ../../$(RUN) client.py decrypt encrypted_answers.zip
+	$(RUN) tests/compare.py $(DEMO_RECORD) demo/client/233 --minutes 5
 
 bench: .fhe.stamp .venv/.bench-ready
 	$(RUN) tests/benchmark.py
@@ -84,6 +98,6 @@ constraints: .venv/.ready
 		requirements.txt requirements-bench.txt --output-file constraints.txt
 
 clean:
-	rm -rf quantized patients
+	rm -rf quantized patients demo
 	rm -f MLP_model_0.h5 MLP_model_0_* tf_pruned_model* $(filter-out %.py,$(wildcard dynamic_pruning_*)) pruned_model_top_* \
 		fhe_results.sqlite results_batch_*.xlsx fhe_summary.xlsx fhe_*.png fhe_steps.csv .onnx.stamp .fhe.stamp

@@ -44,14 +44,15 @@ from fhe_mlp.cli import (
     sha256,
     whole_file,
 )
-from fhe_mlp.ecg_features import (
-    EXPECTED_LEADS,
-    MIN_FS_HZ,
-    are_expected,
-    choose_leads,
-    lead_name,
-    rr_known,
-    single_beats,
+from fhe_mlp.ecg_features import EXPECTED_LEADS, are_expected, rr_known, single_beats
+from fhe_mlp.records import (
+    AAMI_CLASSES,
+    CLASS_OF_SYMBOL,
+    Unsuited,
+    find_beats,
+    find_breaks,
+    read_annotations,
+    read_signal,
 )
 
 FEATURE_SETS = {  # by name: what computes the columns, and their table
@@ -67,11 +68,6 @@ TEST_SHARE, VAL_SHARE = 0.30, 0.20  # of all beats; of the beats that are left (
 S_MAJORITY = (0.3, 0.8)
 MIN_S_BEATS = 30  # S beats that a record needs for its copies; medians of fewer beats are chance
 
-# WFDB's beat annotations (archive.physionet.org/physiobank/annotations.shtml) in the classes that WFDB's own evaluation
-# by ANSI/AAMI EC57 gives them (bxb.c): escape beats e, j, n are N, r is V, ? (learning) is Q. wfdb's table is_qrs also
-# counts flutter waves (!), which are no beats in either.
-AAMI_CLASSES = {"N": "NLRBejn", "S": "AaJS", "V": "VEr", "F": "F", "Q": "/fQ?"}
-CLASS_OF_SYMBOL = {symbol: name for name, symbols in AAMI_CLASSES.items() for symbol in symbols}
 PACED = "/"  # EC57 leaves records with paced beats out of algorithm scoring
 # Inter-patient split of de Chazal, O'Dwyer & Reilly, IEEE Trans. Biomed. Eng. 51(7):1196-1206, 2004.
 DS1 = "101 106 108 109 112 114 115 116 118 119 122 124 201 203 205 207 208 209 215 220 223 230".split()
@@ -79,130 +75,11 @@ DS2 = "100 103 105 111 113 117 121 123 200 202 210 212 213 214 219 221 222 228 2
 
 MITDB = {*DS1, *DS2, "102", "104", "107", "217"}  # the records that DATABASE holds; the last four are paced
 
-MILLIVOLTS = {"nv": 1e-6, "uv": 1e-3, "mv": 1.0, "v": 1e3}  # of the units of voltage that a lead may have
-OUTSIDE_BEATS, OUTSIDE_SHARE = 3, 0.01  # most beats that may lie outside the signal, whichever is more
-HEADER_BYTES = 1_000_000  # no header is longer
-SAMPLES_PER_BYTE, SPARE_SAMPLES = 16, 10_000_000  # that a header may claim: of compressed files; of gaps in segments
-
-# Notes of an .atr that wfdb understands, each after its length and code.
-RESOLUTION = re.compile(rb"[\x15-\xff]\xfc## time resolution: \d")
-DEFINITIONS = re.compile(rb"\x1e\xfc## annotation type definitions.*?\x15\xfc## end of definitions", re.DOTALL)
-
 LICENCE = "Open Data Commons Attribution License v1.0"
 SOURCE = "MIT-BIH Arrhythmia Database 1.0.0, PhysioNet, doi:10.13026/C2F305"
 
 
 # -------------------------------------------------------------------------------------------------- records to features
-class Unsuited(Exception):
-    """The record can be read but not used; the message follows "it"."""
-
-
-def check_claims(folder: Path, header: Any, segments: list[Any]) -> None:
-    """Raise ValueError when a header (wfdb.rdheader's) contradicts itself or claims more than its files can hold."""
-    first = segments[0]
-    if header.n_sig != len(first.sig_name):
-        raise ValueError(f"its .hea announces {header.n_sig} signals and describes {len(first.sig_name)}")
-    for segment in segments[1:]:
-        known = list(zip(first.sig_name, first.units, first.samps_per_frame))
-        signals = list(zip(segment.sig_name, segment.units, segment.samps_per_frame))
-        same = set(signals) <= set(known) if header.layout == "variable" else signals == known
-        if not same or segment.fs != header.fs:
-            raise ValueError("its segments hold other signals, units or sampling rates")
-    held = sum((folder / f).stat().st_size for f in {f for s in segments for f in s.file_name} - {"~"})
-    lengths = [((s.sig_len or 0) + max(k or 0 for k in s.skew), s) for s in segments] + [(header.sig_len or 0, first)]
-    if max(n * sum(k or 1 for k in s.samps_per_frame) for n, s in lengths) > SAMPLES_PER_BYTE * held + SPARE_SAMPLES:
-        raise ValueError("its .hea claims more samples than its files can hold")
-
-
-def read_signal(path: str) -> tuple[np.ndarray, float, list[str]]:
-    """The two leads of a WFDB record, (samples, 2) in choose_leads' order, their sampling rate (Hz) and their names.
-
-    ECG signals are those in a unit of voltage whose names are not another kind's in wfdb's table. Leads with several
-    samples a frame come at their own rate; of two rates, at the highest that divides both. Of leads with the same name,
-    the one with the more upright QRS complexes is first. Raises Unsuited, or what wfdb raises on a damaged file.
-    """
-    import wfdb
-    from scipy.stats import skew
-
-    if Path(f"{path}.hea").stat().st_size > HEADER_BYTES:
-        raise ValueError("its .hea is longer than any header")
-    header = wfdb.rdheader(path, rd_segments=True)
-    segments = [s for s in getattr(header, "segments", [header]) if s is not None]
-    if not header.n_sig:
-        raise Unsuited("has no signals")
-    check_claims(Path(path).parent, header, segments)
-
-    table = wfdb.io.record.SIGNAL_CLASSES.drop(["ecg", "unknown"])
-    other = set(table["signal_names"].sum())
-    names = [name or "" for name in segments[0].sig_name]
-    units = segments[0].units
-    ecg = [
-        k
-        for k, (name, unit) in enumerate(zip(names, units))
-        if unit.lower() in MILLIVOLTS and not other & set(re.findall("[a-z]+", name.lower()))
-    ]
-    if len(ecg) < 2:
-        listed = ", ".join(f"{name or 'unnamed'} in {unit}" for name, unit in zip(names, units))
-        raise Unsuited(f"has {len(ecg)} ECG signals ({listed}); two are needed")
-    chosen = [ecg[k] for k in choose_leads([names[k] for k in ecg])]
-    with np.errstate(all="ignore"):  # absurd gains of damaged headers end as missing signal
-        record = wfdb.rdrecord(path, channels=chosen, smooth_frames=False)
-    per_frame = [k or 1 for k in record.samps_per_frame]
-    times = np.gcd(*per_frame)
-    fs = header.fs * int(times)
-    if fs < MIN_FS_HZ:
-        raise Unsuited(f"is sampled at {fs} Hz; at least {MIN_FS_HZ:.0f} Hz are needed")
-    scales = [MILLIVOLTS[units[k].lower()] for k in chosen]
-    leads = [s * x.reshape(-1, k // times).mean(axis=1) for x, k, s in zip(record.e_p_signal, per_frame, scales)]
-    names = [names[k] for k in chosen]
-    if lead_name(names[0]) == lead_name(names[1]):
-        upright = [skew(x, nan_policy="omit") for x in leads]
-        if upright[0] < upright[1]:
-            leads, names = leads[::-1], names[::-1]
-    return np.column_stack(leads), fs, names
-
-
-def read_annotations(path: str, fs: float) -> tuple[pd.DataFrame, int]:
-    """Time (in samples at fs Hz), symbol and subtype of each annotation, in the order of time; how many were not in it.
-
-    The clock of an .atr is the time resolution it states, else the header's frames a second; wfdb knows which.
-    """
-    import wfdb
-
-    content = Path(f"{path}.atr").read_bytes()
-    if content[-2:] != b"\0\0":  # WFDB annot(5): A = I = 0 is the end of the file
-        raise ValueError("its .atr lacks its end")
-    notes = DEFINITIONS.sub(b"|", content)
-    if notes.count(b"## ") > min(len(RESOLUTION.findall(notes)), 1):  # wfdb 4.1.2 would try to read them for ever
-        raise ValueError("its .atr has notes of a program that wfdb does not know")
-    annotation = wfdb.rdann(path, "atr")
-    if not annotation.fs > 0:
-        raise ValueError("its .atr has no clock")
-    time = np.rint(annotation.sample * float(fs) / annotation.fs)
-    table = pd.DataFrame({"time": time, "symbol": annotation.symbol, "subtype": annotation.subtype})
-    return table.sort_values("time", kind="stable", ignore_index=True), int((np.diff(time) < 0).sum())
-
-
-def find_breaks(annotations: pd.DataFrame) -> list[tuple[float, float]]:
-    """(start, end) samples of flutter or fibrillation ([ to ], and each flutter wave !) and of unreadable signals.
-
-    ~ with subtype -1 says that no signal is readable from there to the next ~. What is not closed lasts to the end.
-    """
-    breaks, episode, unreadable = [], None, None
-    for at, symbol, subtype in annotations[annotations["symbol"].isin(list("[]!~"))].itertuples(index=False):
-        if symbol == "!":
-            breaks.append((at - 1, at + 1))
-        elif symbol == "[":
-            episode = at if episode is None else episode
-        elif symbol == "]":
-            breaks.append((at - 1 if episode is None else episode, at))
-            episode = None
-        else:
-            breaks += [] if unreadable is None else [(unreadable, at)]
-            unreadable = at if subtype == -1 else None
-    return breaks + [(start, np.inf) for start in (episode, unreadable) if start is not None]
-
-
 def choose_s_majority(aami: np.ndarray, ratio: float, rng: np.random.Generator) -> np.ndarray:
     """Rising positions in aami (m,), in the order of time, of all S beats and `ratio` times as many N beats.
 
@@ -236,6 +113,7 @@ def read_record(
         if not Path(f"{path}.atr").exists():
             raise Unsuited("has no annotation file (.atr)")
         annotations, unsorted = read_annotations(path, fs)
+        beats, outside = find_beats(annotations, len(signal))
     except Unsuited as reason:
         return {"record": name, "skipped": str(reason)}
     except Exception as error:  # wfdb and soundfile raise a dozen unrelated types on damaged files
@@ -244,12 +122,6 @@ def read_record(
             "get a new copy of its .hea, .dat and .atr"
         ) from None
     known = annotations["symbol"].isin([*CLASS_OF_SYMBOL, *ann_label_table["symbol"]])
-    beats = annotations[annotations["symbol"].isin(list(CLASS_OF_SYMBOL))]
-    outside = ~beats["time"].between(0, len(signal) - 1)
-    if outside.sum() > max(OUTSIDE_BEATS, OUTSIDE_SHARE * len(beats)):
-        reason = f"has {outside.sum()} of {len(beats)} beats outside its signal; its .hea, .dat or .atr is damaged"
-        return {"record": name, "skipped": reason}
-    beats = beats[~outside]
     times, aami = beats["time"].to_numpy(int), beats["symbol"].map(CLASS_OF_SYMBOL).to_numpy()
     breaks = find_breaks(annotations)
     one = single_beats(times, fs)
@@ -262,7 +134,7 @@ def read_record(
     disagree = pd.Series(aami).groupby(owner).nunique().to_numpy() > 1
     place = np.searchsorted(one, index)
     agreed = ~disagree[place]
-    dropped |= {"annotated as two classes": int((~agreed).sum()), "outside the signal": int(outside.sum())}
+    dropped |= {"annotated as two classes": int((~agreed).sum()), "outside the signal": outside}
     noted = {
         "usable beats beside a time that is no RR interval": int((unknown[place] | unknown[place + 1])[agreed].sum()),
         "annotations of a code that WFDB does not define": int((~known).sum()),

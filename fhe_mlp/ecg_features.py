@@ -19,7 +19,7 @@ Pauses over PAUSE_S, as in sinus arrest, are kept as PAUSE_S, but enter no stati
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -159,9 +159,9 @@ def choose_leads(names: Sequence[str | None]) -> tuple[int, int]:
     return keys[0][-1], keys[-1][-1]
 
 
-def are_expected(names: Sequence[str | None]) -> bool:
-    """Whether the names of ch0 and ch1 are among EXPECTED_LEADS."""
-    return all(lead_name(n) in map(lead_name, known) for n, known in zip(names, EXPECTED_LEADS.values()))
+def are_expected(names: Sequence[str | None], expected: Mapping[str, Sequence[str]] = EXPECTED_LEADS) -> bool:
+    """Whether the names of ch0 and ch1 are among the expected ones."""
+    return all(lead_name(n) in map(lead_name, known) for n, known in zip(names, expected.values()))
 
 
 def single_beats(beats: np.ndarray, fs: float) -> np.ndarray:
@@ -213,7 +213,7 @@ def usable_beats(
     Raises ValueError where none is left.
     """
     if len(beats) < 3:
-        raise ValueError("has fewer than three beat annotations")
+        raise ValueError("has fewer than three beats")
     index = np.arange(1, len(beats) - 1)
     dropped = {"first or last beat": 2}
 

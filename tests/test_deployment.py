@@ -7,16 +7,19 @@ import io
 import json
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import time
 import tracemalloc
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, small_network
+import wfdb
+from conftest import ROOT, make_record, small_network
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,10 +27,15 @@ from fhe_mlp import circuit, deployment
 from fhe_mlp.arrays import apply_scaler
 from fhe_mlp.cli import InputError
 from fhe_mlp.configuration import Setting, load_configuration
+from fhe_mlp.ecg_features import EXPECTED_LEADS, FEATURES
 
 sys.path.insert(0, str(ROOT / "fhe_mlp" / "deployment"))
+sys.path.append(str(ROOT / "fhe_mlp"))  # of which an export has records.py and ecg_features.py
+import answers
 import boxes
 import client
+import csvfiles
+import server as server_side
 
 SETTING = Setting(4, 2.0**-40, 0.0)
 RNG = np.random.default_rng(0)
@@ -60,7 +68,10 @@ def describe(features):
         "test_rows": 12345,
         "complexity": 1.5e9,
         "pbs": 3,
-        "features": [{"name": f"ampl, {k}", "unit": "mV", "formula": "as measured"} for k in range(features)],
+        "leads": EXPECTED_LEADS,
+        "features": FEATURES
+        if features == len(FEATURES)
+        else [{"name": f"ampl, {k}", "unit": "mV", "formula": "as measured"} for k in range(features)],
         "scaler": {"mean": list(range(features)), "sd": [0.5] * features, "clip_sd": 3.0},
     }
 
@@ -142,9 +153,10 @@ def test_secret_and_evaluation_keys_are_made_together_or_not_at_all(sides, tmp_p
 def test_no_output_overwrites_what_a_command_reads(sides):
     hospital, server = sides
     before = content(hospital) | content(server)
-    for output in ("example_beats.csv", "model.json", "keys", "keys/about.json"):
+    for output in ("example_beats.csv", "model.json", "keys", "keys/about.json", "beats.json"):
         line = call(hospital, "client.py", "encrypt", "example_beats.csv", "--output", output, status=2)
-        assert "would overwrite" in line
+        assert "would overwrite" in line or "not an earlier output" in line
+    assert "is no recording" in call(hospital, "client.py", "encrypt", "example_beats.csv", "--minutes", "5", status=2)
     for output in ("encrypted_beats.zip", "server.zip"):
         argv = ("encrypted_beats.zip", "evaluation_keys.zip", "--output", output)
         assert "would overwrite" in call(server, "server.py", *argv, status=2)
@@ -179,8 +191,9 @@ def test_wrong_keys_truncated_files_and_another_model_are_refused(exported, side
 def test_bytes_that_are_no_ciphertext_are_refused_in_one_line(sides, tmp_path):
     hospital, server = sides
     header, payloads = boxes.read_box(hospital / "encrypted_beats.zip", "encrypted beats")
-    for kind, payload in (("encrypted beats", payloads[0][:999]), ("encrypted answers", payloads[0])):
-        boxes.write_box(tmp_path / f"{kind}.zip", kind, header["model"], header["key"], [payload])
+    whole = next(payloads)
+    for kind, payload in (("encrypted beats", whole[:999]), ("encrypted answers", whole)):
+        boxes.write_box(tmp_path / f"{kind}.zip", kind, {name: header[name] for name in boxes.NAMES}, [payload])
     argv = (tmp_path / "encrypted beats.zip", "evaluation_keys.zip", "--output", tmp_path / "out.zip")
     assert "cannot be computed with" in call(server, "server.py", *argv, status=2)
     line = call(hospital, "client.py", "decrypt", tmp_path / "encrypted answers.zip", status=2)
@@ -199,7 +212,58 @@ def lying_box(path, header, entries=(b"x",), compression=zipfile.ZIP_STORED, cla
     return path
 
 
-HEADER = {"kind": "k", "version": boxes.BOX_VERSION, "model": "0", "key": "0", "count": 1}
+KILLED = """
+import os, signal, sys, server
+append, rest = server.append, [0, 1, 1]  # it dies after the second answer, which is the third entry
+
+def append_and_die(part, entry):
+    append(part, entry)
+    rest.pop() or os.kill(os.getpid(), signal.SIGKILL)
+
+server.append = append_and_die
+server.main()
+"""
+
+
+def test_a_server_that_is_killed_computes_the_rest_when_it_is_started_again(sides, tmp_path):
+    hospital, server = sides
+    argv = ("encrypted_beats.zip", "evaluation_keys.zip", "--output", tmp_path / "answers.zip")
+    command = [sys.executable, "-c", KILLED, *map(str, argv)]
+    assert subprocess.run(command, cwd=server, capture_output=True, check=False).returncode == -signal.SIGKILL
+    (part,) = tmp_path.iterdir()
+    part.write_bytes(part.read_bytes() + b"the beat in work")
+    assert "2 of 5 beats are computed already" in call(server, "server.py", *argv)
+    assert [path.name for path in tmp_path.iterdir()] == ["answers.zip"]
+    answers = csv.DictReader(io.StringIO(call(hospital, "client.py", "decrypt", tmp_path / "answers.zip")))
+    assert [int(answer["abnormal"]) for answer in answers] == [0, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("cut", [0, 5, 12, 30, 64, 65, 90, 1000])
+def test_a_part_file_is_continued_behind_its_last_whole_entry(tmp_path, cut):
+    with (tmp_path / "part").open("a+b") as part:
+        for entry in (b"of these beats", b"1" * 20, b"2" * 30):
+            server_side.append(part, entry)
+        part.truncate(cut)
+        done = server_side.resume(part, b"of these beats")
+        server_side.append(part, b"next")
+        assert done == sum(cut >= end for end in (26 + 32, 26 + 32 + 42))
+        answers = [b"1" * 20, b"2" * 30][:done]
+        assert list(server_side.entries(part)) == [b"of these beats", *answers, b"next"]
+        assert server_side.resume(part, b"of other beats") == 0
+        assert list(server_side.entries(part)) == [b"of other beats"]
+
+
+def test_a_box_is_read_in_the_memory_of_one_payload(tmp_path):
+    names = dict.fromkeys(boxes.NAMES, "0")
+    boxes.write_box(tmp_path / "box.zip", "k", names, (bytes(10**6) for _ in range(40)))
+    tracemalloc.start()
+    header, payloads = boxes.read_box(tmp_path / "box.zip", "k")
+    assert sum(len(payload) for payload in payloads) == header["count"] * 10**6
+    assert tracemalloc.get_traced_memory()[1] < 6 * 10**6
+    tracemalloc.stop()
+
+
+HEADER = {"kind": "k", "version": boxes.BOX_VERSION, "model": "0", "key": "0", "beats": "0", "count": 1}
 
 
 @pytest.mark.parametrize(
@@ -207,7 +271,7 @@ HEADER = {"kind": "k", "version": boxes.BOX_VERSION, "model": "0", "key": "0", "
     [
         *({"header": {**HEADER, "count": count}} for count in (10**12, 2, 0, -1, True, 1.0, "1", None, [1])),
         *({"header": header} for header in ([], "x", None, "[" * 9000, '{"kind": "k"}', " " * 20000)),
-        *({"header": {**HEADER, name: "../../etc\n"}} for name in ("kind", "version", "model", "key")),
+        *({"header": {**HEADER, name: "../../etc\n"}} for name in ("kind", "version", *boxes.NAMES)),
         {"header": HEADER, "claim": 10**12},
         {"header": HEADER, "claim": 3 * 10**8},
         {"header": HEADER, "entries": [bytes(10**8)], "compression": zipfile.ZIP_DEFLATED},
@@ -232,7 +296,7 @@ def test_a_box_is_read_as_written_or_refused(tmp_path, edits, end):
         whole[place % len(whole)] = value
     (tmp_path / "box.zip").write_bytes(whole[: end or None])
     try:
-        assert boxes.read_box(tmp_path / "box.zip", "k")[1] == [b"first", b"second"]
+        assert list(boxes.read_box(tmp_path / "box.zip", "k")[1]) == [b"first", b"second"]
     except boxes.Refusal as refusal:
         assert len(str(refusal).splitlines()) == 1
 
@@ -260,7 +324,7 @@ WANTED = [[1.5, -2.0, 3e-2], [4.0, 5.25, 6.0]]
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
 def test_a_beats_file_is_read_as_spreadsheets_and_programs_write_it(tmp_path, text, encoding):
     (tmp_path / "beats.csv").write_bytes(text.encode(encoding))
-    np.testing.assert_array_equal(client.read_beats(tmp_path / "beats.csv", NAMES), WANTED)
+    np.testing.assert_array_equal(csvfiles.read_beats(tmp_path / "beats.csv", NAMES), WANTED)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +356,7 @@ def test_a_beats_file_is_read_as_spreadsheets_and_programs_write_it(tmp_path, te
 def test_what_a_beats_file_could_mean_in_two_ways_is_refused_with_its_place(tmp_path, text, where):
     (tmp_path / "beats.csv").write_text(text, newline="")
     with pytest.raises(boxes.Refusal, match=re.escape(where)) as refusal:
-        client.read_beats(tmp_path / "beats.csv", NAMES)
+        csvfiles.read_beats(tmp_path / "beats.csv", NAMES)
     assert str(refusal.value).startswith(str(tmp_path / "beats.csv"))
     assert len(str(refusal.value).splitlines()) == 1
 
@@ -301,7 +365,7 @@ def test_a_long_cell_that_is_no_number_is_refused_at_once(tmp_path):
     (tmp_path / "beats.csv").write_text(f"a,b,c\n1,2,{'1' * 20_000}x\n")
     started = time.monotonic()
     with pytest.raises(boxes.Refusal, match="column c"):
-        client.read_beats(tmp_path / "beats.csv", NAMES)
+        csvfiles.read_beats(tmp_path / "beats.csv", NAMES)
     assert time.monotonic() - started < 2
 
 
@@ -322,7 +386,7 @@ def test_no_way_of_writing_a_table_shifts_or_changes_a_number(tmp_path, values, 
         text = io.StringIO(text.getvalue().replace('"', ""))
     (tmp_path / "beats.csv").write_bytes(text.getvalue().encode("utf-8", "replace"))
     try:
-        read = client.read_beats(tmp_path / "beats.csv", NAMES)
+        read = csvfiles.read_beats(tmp_path / "beats.csv", NAMES)
         np.testing.assert_array_equal(read, [[float(f"{value:.4f}") for value in row] for row in values])
         assert not row_names
     except boxes.Refusal as refusal:
@@ -334,9 +398,63 @@ def test_no_way_of_writing_a_table_shifts_or_changes_a_number(tmp_path, values, 
 def test_any_bytes_are_a_table_of_finite_numbers_or_one_line(tmp_path, beats):
     (tmp_path / "beats.csv").write_bytes(beats)
     try:
-        assert np.isfinite(client.read_beats(tmp_path / "beats.csv", NAMES)).all()
+        assert np.isfinite(csvfiles.read_beats(tmp_path / "beats.csv", NAMES)).all()
     except boxes.Refusal as refusal:
         assert len(str(refusal).splitlines()) == 1
+
+
+def test_a_record_comes_back_as_annotations_of_every_beat(sides, tmp_path):
+    hospital, server = sides
+    samples = make_record(tmp_path, "r", symbols=list("NNVNNNVVNN"))
+    argv = ("encrypt", tmp_path / "r.hea", "--output", tmp_path / "beats.zip")
+    line = "r: 10 beats, R peaks of r.atr; 8 can be classified; 2 first or last beat"
+    assert line in call(hospital, "client.py", *argv)
+    argv = (tmp_path / "beats.zip", "evaluation_keys.zip", "--output", tmp_path / "answers.zip")
+    call(server, "server.py", *argv)
+    argv = ("decrypt", tmp_path / "answers.zip", "--beats", tmp_path / "beats.json", "--output", tmp_path / "out")
+    summary = call(hospital, "client.py", *argv)
+    with (tmp_path / "out" / "r.fhe.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    annotation = wfdb.rdann(str(tmp_path / "out" / "r"), "fhe")
+    np.testing.assert_array_equal(annotation.sample, samples)
+    assert annotation.fs == 360  # which the file states: there is no header beside it
+    assert [int(row["sample"]) for row in rows] == list(samples)
+    codes = {"normal": "N", "abnormal": "Q", "not classified": '"'}
+    assert annotation.symbol == [codes[row["decision"]] for row in rows]
+    assert [note for note in annotation.aux_note if note != "not classified"] == [
+        f"{float(row['probability']):.4f}" for row in rows[1:-1]
+    ]
+    abnormal = annotation.symbol.count("Q")
+    assert "r: 10 beats, R peaks of r.atr\n" in summary
+    assert f"\n{8 - abnormal} normal, {abnormal} abnormal\n2 not classified; 2 first or last beat\n" in summary
+    assert (tmp_path / "out" / "r.fhe.png").stat().st_size > 10_000
+
+    before = content(tmp_path)
+    other = ("decrypt", "encrypted_answers.zip", "--beats", tmp_path / "beats.json")
+    assert "is of other beats" in call(hospital, "client.py", *other, status=2)
+    for name in ("r.hea", "r.dat", "r.atr"):
+        argv = ("encrypt", tmp_path / "r", "--output", tmp_path / name)
+        assert "not an earlier output" in call(hospital, "client.py", *argv, status=2)
+    assert content(tmp_path) == before
+    (tmp_path / "r.fhe").write_bytes((tmp_path / "out" / "r.fhe").read_bytes())  # an input this time
+    times = json.loads((tmp_path / "beats.json").read_text())
+    (tmp_path / "beats.json").write_text(json.dumps({**times, "annotations": str(tmp_path / "r.fhe")}))
+    argv = ("decrypt", tmp_path / "answers.zip", "--beats", tmp_path / "beats.json", "--output")
+    assert "would overwrite" in call(hospital, "client.py", *argv, tmp_path, status=2)
+    (tmp_path / "beats.json").write_text(json.dumps({**times, "leads": 0}).replace("leads", "other"))
+    assert "damaged or of another version" in call(hospital, "client.py", *argv, tmp_path, status=2)
+    answers.check_files(tmp_path / "out", "r", "")  # the next run may replace them
+
+
+def test_a_file_that_another_program_wrote_is_not_replaced(tmp_path, monkeypatch):
+    for ending in answers.OURS:
+        path = tmp_path / f"r{ending}"
+        path.write_bytes(b"of another program")
+        with pytest.raises(boxes.Refusal, match=re.escape(f"r{ending}: is there and not an earlier output")):
+            answers.check_files(tmp_path, "r", "")
+        path.unlink()
+    monkeypatch.chdir(tmp_path)  # where decrypt writes by default
+    answers.check_files(Path(), "r", "")
 
 
 def test_a_column_in_another_unit_is_named_on_stderr(capsys):

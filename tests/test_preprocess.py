@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import preprocess_mitbih as pre
 from fhe_mlp import arrays as arr
-from fhe_mlp import cli, ecg_features
+from fhe_mlp import cli, ecg_features, records
 from preprocess_mitbih import main
 
 MITDB = Path(os.environ.get("MITDB_DIR", ROOT / "data" / "mitdb"))
@@ -412,11 +412,11 @@ def test_an_annotation_file_cut_anywhere_is_refused(tmp_path):
     make_record(tmp_path, "r")
     path = tmp_path / "r.atr"
     whole = path.read_bytes()
-    assert len(pre.read_annotations(str(tmp_path / "r"), 360)[0]) == 61
+    assert len(records.read_annotations(str(tmp_path / "r"), 360)[0]) == 61
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
         with pytest.raises((ValueError, IndexError)):
-            pre.read_annotations(str(tmp_path / "r"), 360)
+            records.read_annotations(str(tmp_path / "r"), 360)
     with pytest.raises(cli.InputError, match=r"damaged.*get a new copy"):
         pre.read_record(str(tmp_path / "r"))
 
@@ -478,7 +478,7 @@ def test_a_header_that_claims_too_much_is_refused_before_memory_is_taken(tmp_pat
             pre.read_record(str(tmp_path / "r"))
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
-    (tmp_path / "r.hea").write_bytes(b"r 2 360 100\n" + b"#" * pre.HEADER_BYTES)
+    (tmp_path / "r.hea").write_bytes(b"r 2 360 100\n" + b"#" * records.HEADER_BYTES)
     with pytest.raises(cli.InputError, match="longer than any"):
         pre.read_record(str(tmp_path / "r"))
 

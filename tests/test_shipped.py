@@ -105,9 +105,11 @@ def test_make_reruns_the_edited_stage_and_what_follows_and_nothing_else(tmp_path
     for numbers in ("quantized", "qat", "neuron_removal"):
         assert would_run(f"fhe_mlp/{numbers}.py") == STEPS[2:]
     assert would_run(target="patients") == ["preprocess_mitbih.py", *STEPS]
+    shown = would_run(target="demo")
+    assert shown == ["preprocess_mitbih.py", *STEPS, "fhe_experiments.py", "tests/compare.py"]
     for looks in ("report", "steps", "store", "cluster", "circuit", "configuration"):
         assert would_run(f"fhe_mlp/{looks}.py") == STEPS[4:]  # which computes only what its database does not have
-    for nothing in ("preprocess_mitbih.py", "fhe_mlp/cli.py", "fhe_mlp/ecg_features.py"):
+    for nothing in ("preprocess_mitbih.py", "fhe_mlp/cli.py", "fhe_mlp/ecg_features.py", "fhe_mlp/records.py"):
         assert would_run(nothing) == []
 
 

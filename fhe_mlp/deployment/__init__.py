@@ -1,6 +1,6 @@
 """What a hospital and a server need to use one compiled network, written into a new folder.
 
-client.py, server.py and boxes.py run there and import nothing of this package.
+All scripts run there without this package; the client gets copies of its rooms that read records.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from concrete.ml.quantization import QuantizedModule
 
 HERE = Path(__file__).parent
+CLIENT_ONLY = ("client.py", "recording.py", "csvfiles.py", "answers.py")
+CLIENT_COPIES = ("records.py", "ecg_features.py")  # of this package
 
 
 def check_new(folder: Path) -> None:
@@ -74,7 +76,10 @@ def export(module: QuantizedModule, model: dict[str, Any], X: np.ndarray, folder
         (whole / "README.md").write_text(readme, encoding="utf-8")
         for side in (client, server):
             (side / "README.md").write_text(readme, encoding="utf-8")
-            (side / "requirements.txt").write_text(f"concrete-ml=={version('concrete-ml')}\n")
-            for name in (f"{side.name}.py", "boxes.py"):
-                shutil.copy(HERE / name, side)
+            packages = ("concrete-ml", *(["wfdb", "matplotlib"] if side == client else []))
+            (side / "requirements.txt").write_text("".join(f"{name}=={version(name)}\n" for name in packages))
+            shutil.copy(HERE / "boxes.py", side)
+        shutil.copy(HERE / "server.py", server)
+        for path in (*(HERE / name for name in CLIENT_ONLY), *(HERE.parent / name for name in CLIENT_COPIES)):
+            shutil.copy(path, client)
         whole.replace(folder)

@@ -1,8 +1,8 @@
 """What client.py and server.py share: the files that travel between them, refusals, and the end of a command.
 
 A box is an uncompressed .zip: payloads 000000.bin, 000001.bin, ..., and header.json with their count, what they are,
-and which model and which keys they are for. A box comes from somebody else: the names in it are never used as paths,
-and nothing is read before its size is known to fit into the file.
+which model and which keys they are for, and of which beats. A box comes from somebody else: the names in it are never
+used as paths, and nothing is read before its size is known to fit into the file. Payloads are read one at a time.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import re
 import sys
 import traceback
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-BOX_VERSION = 1  # of the layout of a box
-HEADER_BYTES = 10_000  # of header.json at most; ours has about 120
+BOX_VERSION = 2  # of the layout of a box
+NAMES = ("model", "key", "beats")  # in the header of a box; beats of evaluation keys: 0, for any
+HEADER_BYTES = 10_000  # of header.json at most; ours has about 150
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 
 
@@ -56,8 +57,11 @@ def check_output(output: Path, inputs: Sequence[Path]) -> None:
             raise Refusal(f"{output}: writing it would overwrite {path}; name another --output")
 
 
-def write_box(path: Path, kind: str, model: str, key: str, payloads: Iterable[bytes]) -> None:
-    """Write a box, whole or not at all. Payloads are written as they come, so that they need not fit into memory."""
+def write_box(path: Path, kind: str, names: Mapping[str, str], payloads: Iterable[bytes]) -> None:
+    """Write a box, whole or not at all. Payloads are written as they come, so that they need not fit into memory.
+
+    names: of "model", "key" and "beats", in hexadecimal digits.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     count = 0
     try:
@@ -66,7 +70,7 @@ def write_box(path: Path, kind: str, model: str, key: str, payloads: Iterable[by
             for payload in payloads:
                 box.writestr(f"{count:06d}.bin", payload)
                 count += 1
-            header = {"kind": kind, "version": BOX_VERSION, "model": model, "key": key, "count": count}
+            header = {"kind": kind, "version": BOX_VERSION, **names, "count": count}
             box.writestr("header.json", json.dumps(header))
         temporary.replace(path)
     except OSError as error:
@@ -77,8 +81,23 @@ def write_box(path: Path, kind: str, model: str, key: str, payloads: Iterable[by
     print(f"wrote {path} ({kind}: {count}, {path.stat().st_size / 1e6:.2f} MB)")
 
 
-def read_box(path: Path, kind: str) -> tuple[dict[str, Any], list[bytes]]:
-    """Header and payloads of a box, in memory of about the file's size.
+def damaged(path: Path, error: Exception) -> Refusal:
+    """What to raise when a box cannot be read."""
+    return Refusal(f"{path}: is truncated or damaged ({first_line(error)}); have it sent again")
+
+
+def read_payloads(path: Path, count: int) -> Iterator[bytes]:
+    """The payloads of a box that read_box has checked, one at a time."""
+    try:
+        with zipfile.ZipFile(path) as box:
+            for number in range(count):
+                yield box.read(f"{number:06d}.bin")
+    except (zipfile.BadZipFile, KeyError, EOFError) as error:  # it has changed since
+        raise damaged(path, error) from None
+
+
+def read_box(path: Path, kind: str) -> tuple[dict[str, Any], Iterator[bytes]]:
+    """Header of a box, checked as a whole, and its payloads, which are read as they are asked for.
 
     Raises Refusal for a damaged box or one of another kind, OSError for a file that cannot be opened.
     """
@@ -97,12 +116,16 @@ def read_box(path: Path, kind: str) -> tuple[dict[str, Any], list[bytes]]:
                 found, count = (header["kind"], header["version"]), header["count"]
                 if type(count) is not int or not 0 < count == len(entries) - 1:
                     raise ValueError("its header counts other entries than there are")
-                if not all(re.fullmatch("[0-9a-f]{1,64}", header[name]) for name in ("model", "key")):
-                    raise ValueError("its header names no model and keys")
+                if not all(re.fullmatch("[0-9a-f]{1,64}", header[name]) for name in NAMES):
+                    raise ValueError("its header names no model, keys and beats")
                 if found == (kind, BOX_VERSION):
-                    return header, [box.read(f"{number:06d}.bin") for number in range(count)]
+                    for number in range(count):
+                        box.getinfo(f"{number:06d}.bin")
+                    if box.testzip():  # now, rather than after hours of computing
+                        raise ValueError("its checksums do not fit")
+                    return header, read_payloads(path, count)
         except Exception as error:  # zipfile and json raise a dozen unrelated types on damaged files
-            raise Refusal(f"{path}: is truncated or damaged ({first_line(error)}); have it sent again") from None
+            raise damaged(path, error) from None
     what = f"{str(found[0])[:40]!r}, version {str(found[1])[:10]!r}"
     raise Refusal(f"{path}: holds {what}; wanted here are {kind!r}, version '{BOX_VERSION}'")
 

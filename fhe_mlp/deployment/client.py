@@ -1,36 +1,39 @@
 """The hospital's side: encrypts heartbeats for a server that cannot read them, and decrypts its answers.
 
     python client.py keys                               once: secret keys into keys/, and evaluation_keys.zip
-    python client.py encrypt beats.csv                  -> encrypted_beats.zip
-    python client.py decrypt encrypted_answers.zip      prints output, probability and decision of each beat
+    python client.py encrypt 208                        a WFDB record -> encrypted_beats.zip, and encrypted_beats.json
+    python client.py decrypt encrypted_answers.zip      -> 208.fhe (WFDB annotations), .fhe.csv, .fhe.png, a summary
 
-The three .zip files are all that travels. keys/ holds the secret key and stays here. client.zip, model.json and
-boxes.py lie beside this file.
+encrypt also takes an .edf file, with --fs a .csv file of two leads, and without it a .csv file of features, of which
+decrypt prints output, probability and decision. The three .zip files are all that travels. keys/ holds the secret key
+and stays here, as does encrypted_beats.json, which holds the beats' times. client.zip, model.json and all .py files of
+the export lie beside this file.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import io
 import json
 import os
-import re
 import secrets
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import answers
 import numpy as np
+import recording
 from boxes import Refusal, check_output, first_line, read_box, run, same, sha256, without_log, write_box
+from csvfiles import read_beats
 
 HERE = Path(__file__).resolve().parent
 CLIENT, MODEL = HERE / "client.zip", HERE / "model.json"
-NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)  # float() would also take 1_000, nan and inf
-GROUPED = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+", re.ASCII)  # 1,234: a thousand or a decimal, nobody can say
+# How the files of encrypt begin, which a new run may replace.
+BOX, TIMES = rb"PK\x03\x04.{26}000000\.bin", rb'\{"beats": "'
+KEPT = {"record", "path", "table_fs", "origin", "annotations", "fs", "leads", "not_classified"}  # of a recording
 FAR_SD = 10.0  # standard deviations from the training mean; a column with most of its values beyond: another unit
 
 
@@ -67,7 +70,8 @@ def make_keys(keys: Path, target: Path) -> None:
         client, name = load_client(whole), secrets.token_hex(8)
         files = {str(path.relative_to(whole)): sha256(path) for path in whole.rglob("*") if path.is_file()}
         (whole / "about.json").write_text(json.dumps({"model": model, "key": name, "files": files}))
-        write_box(target, "evaluation keys", model, name, [client.get_serialized_evaluation_keys()])
+        names = {"model": model, "key": name, "beats": "0"}
+        write_box(target, "evaluation keys", names, [client.get_serialized_evaluation_keys()])
         whole.rename(keys)
 
 
@@ -89,74 +93,6 @@ def check_keys(keys: Path, model: str) -> str:
     return name
 
 
-def decode(content: bytes) -> str:
-    """Text of UTF-8 or UTF-16 with a byte order mark, else of UTF-8, else of Latin-1, which fits any bytes.
-
-    Whatever the encoding, numbers and separators are ASCII. Raises UnicodeDecodeError for damaged UTF-16.
-    """
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return content.decode("utf-16")
-    content = content.removeprefix(b"\xef\xbb\xbf")
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError:
-        return content.decode("latin-1")
-
-
-def read_table(path: Path, text: str, separator: str) -> list[tuple[int, list[str]]]:
-    """Line number and cells of each row but of blank lines and of rows without content at the end. Raises Refusal."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
-    try:
-        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
-    except csv.Error as error:
-        raise Refusal(f"{path}, line {reader.line_num}: {error}; mend its quotation marks") from None
-    while rows and not any(rows[-1][1]):
-        rows.pop()
-    return rows
-
-
-def read_beats(path: Path, features: Sequence[str]) -> np.ndarray:
-    """Raw features (n, len(features)) of a .csv file whose first row names its columns, in any order.
-
-    Commas, semicolons or tabs between columns; decimal points, or decimal commas where no value has a point and some
-    value cannot be a thousand. Columns of other names are not looked at. All rows may end in one separator more than
-    the first one. Raises Refusal, with line and column, for whatever could be meant in two ways.
-    """
-    try:
-        text = decode(path.read_bytes())
-    except UnicodeDecodeError as error:
-        raise Refusal(f"{path}: is truncated or damaged ({error}); save it as .csv in UTF-8") from None
-    if "\0" in text:
-        raise Refusal(f"{path}: is not text; save it as .csv in UTF-8")
-    first = next((line for line in io.StringIO(text, newline="") if line.strip()), "")
-    separator = max(",;\t", key=lambda sign: sum(cell.strip(' "\r\n') in features for cell in first.split(sign)))
-    (_, names), *rows = read_table(path, text, separator) or [(1, [])]
-    for feature in features:
-        if (count := names.count(feature)) != 1:
-            raise Refusal(f"{path}: {count} columns are called {feature!r}; the first line needs each feature once")
-    if not rows:
-        raise Refusal(f"{path}: holds no beats, only names")
-    if names[-1] in features and all(len(row) == len(names) + 1 and not row[-1] for _, row in rows):
-        names.append("")  # had the rows a further cell in front instead, the last feature would be missing in all
-    for line, row in rows:
-        if len(row) != len(names):
-            remedy = "give each value its own column, with a decimal point and no row names"
-            raise Refusal(f"{path}, line {line}: {len(row)} values for {len(names)} columns; {remedy}")
-    order = [names.index(feature) for feature in features]
-    cells = [[row[column] for column in order] for _, row in rows]
-    with_commas = [cell for row in cells for cell in row if "," in cell]
-    decimal_commas = not all(map(GROUPED.fullmatch, with_commas)) and not any("." in c for row in cells for c in row)
-    X = np.empty((len(rows), len(features)))
-    for k, (line, _) in enumerate(rows):
-        for j, cell in enumerate(cells[k]):
-            number = cell.replace(",", ".") if decimal_commas else cell
-            X[k, j] = float(number) if NUMBER.fullmatch(number) else np.nan
-            if not np.isfinite(X[k, j]):
-                what = f"{cell[:40]!r} is not a number written with a decimal point" if cell else "there is no value"
-                raise Refusal(f"{path}, line {line}, column {features[j]}: {what}")
-    return X
-
-
 def scale(X: np.ndarray, model: dict[str, Any]) -> np.ndarray:
     """Raw features (n, features) as the network takes them: standardized, clipped, rounded to float32 as in training.
 
@@ -172,32 +108,109 @@ def scale(X: np.ndarray, model: dict[str, Any]) -> np.ndarray:
     return np.clip(z, -scaler["clip_sd"], scaler["clip_sd"]).astype(np.float32).astype(np.float64)
 
 
-def encrypt(keys: Path, beats: Path, target: Path) -> None:
-    """Scale, quantize and encrypt each beat of a .csv file. Raises Refusal."""
-    model = read_model()
-    X = scale(read_beats(beats, [feature["name"] for feature in model["features"]]), model)
-    name = check_keys(keys, model["model"])
+def encrypt(
+    keys: Path, path: Path, target: Path, fs: float | None, annotator: str | None, minutes: float | None
+) -> None:
+    """Scale, quantize and encrypt each beat of a recording or of a .csv file. Raises Refusal.
+
+    Of a recording, the beats' times are kept in a .json file beside `target`. fs, annotator, minutes: see recording.py.
+    """
+    model, times, found = read_model(), target.with_suffix(".json"), None
+    for output, start in ((target, BOX), (times, TIMES)):
+        answers.check_ours(output, start)
+    if source := recording.find(path, fs):
+        X, found = recording.read_beats(source, fs, annotator, minutes, model)
+    elif annotator or minutes:
+        raise Refusal(f"{path}: is no recording; --annotator and --minutes do not fit a table of features")
+    else:
+        X = read_beats(path, [feature["name"] for feature in model["features"]])
+    X = scale(X, model)
+    names = {"model": model["model"], "key": check_keys(keys, model["model"]), "beats": secrets.token_hex(8)}
     client = load_client(keys)
-    write_box(target, "encrypted beats", model["model"], name, (client.quantize_encrypt_serialize(x[None]) for x in X))
+    if found:  # written before the beats, which must not travel without it
+        beats = f"{len(found['samples'])} beats, R peaks {found['origin']}"
+        print(f"{found['record']}: {beats}; {len(X)} can be classified{answers.listed(found['not_classified'])}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        times.write_text(json.dumps({"beats": names["beats"], **found}))
+    write_box(target, "encrypted beats", names, (client.quantize_encrypt_serialize(x[None]) for x in X))
 
 
-def decrypt(keys: Path, answers: Path) -> None:
-    """Print output, probability and decision (1: abnormal) of each beat as .csv, in their order. Raises Refusal."""
+def read_times(path: Path, given: Path | None, beats: str, count: int) -> dict[str, Any] | None:
+    """What encrypt kept of the record whose beats are answered; None for beats of a .csv file. Raises Refusal.
+
+    given: the file that was asked for; without one, `path` is taken where it is of these beats.
+    """
+    path = given or path
+    if not path.exists() and not given:
+        return None
+    try:
+        found = json.loads(path.read_text())
+        name, classified = found["beats"], sum(found["classified"])
+        whole = len(found["classified"]) == len(found["samples"]) and found.keys() >= KEPT
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refusal(f"{path}: is damaged ({first_line(error)}); name the right file with --beats") from None
+    if name != beats:
+        if given:
+            raise Refusal(f"{path}: is of other beats than the answers")
+        print(f"warning: {path} is of other beats; name the right file with --beats", file=sys.stderr)
+        return None
+    if not whole or classified != count:
+        raise Refusal(f"{path}: is damaged or of another version; it holds {classified} beats for {count} answers")
+    return found
+
+
+def read_signal(found: dict[str, Any]) -> np.ndarray | None:
+    """The signal (samples, 2) that encrypt read; None, with a warning on stderr, where it is not there any more."""
+    try:
+        signal, fs, _ = recording.read_signal(Path(found["path"]), found["table_fs"])
+        if fs == found["fs"] and len(signal) > max(found["samples"]):
+            return signal
+        why = f"{found['path']}: has changed"
+    except (Refusal, OSError) as error:
+        why = first_line(error)
+    print(f"warning: {why}; the picture has no signal", file=sys.stderr)
+    return None
+
+
+def decrypt(keys: Path, path: Path, folder: Path, given: Path | None) -> None:
+    """Decrypt the answers: of a recording into files of their own in `folder`, else onto stdout. Raises Refusal.
+
+    given: the .json file that encrypt wrote, if it was named.
+    """
     model = read_model()
-    header, payloads = read_box(answers, "encrypted answers")
-    same("model", answers, header["model"], model["model"], "server.zip and client.zip must come from one export")
+    header, payloads = read_box(path, "encrypted answers")
+    same("model", path, header["model"], model["model"], "server.zip and client.zip must come from one export")
     name = check_keys(keys, model["model"])
-    same("key", answers, header["key"], name, "it can only be decrypted with the keys it was encrypted with")
-    client, found = load_client(keys), []
+    same("key", path, header["key"], name, "it can only be decrypted with the keys it was encrypted with")
+    found = read_times(Path("encrypted_beats.json"), given, header["beats"], header["count"])
+    if found:
+        answers.check_files(folder, found["record"], found["annotations"])
+    client, decided = load_client(keys), []
     for payload in payloads:
         try:
             with without_log():
                 output = float(client.deserialize_decrypt_dequantize(payload).ravel()[0])
         except (RuntimeError, ValueError, AssertionError) as error:
-            raise Refusal(f"{answers}: holds no answer ({first_line(error)}); have it sent again") from None
+            raise Refusal(f"{path}: holds no answer ({first_line(error)}); have it sent again") from None
         probability = output if model["output"] == "probability" else 1 / (1 + np.exp(-output))
-        found.append((output, probability, int(output > model["threshold"])))
-    csv.writer(sys.stdout, lineterminator="\n").writerows([("output", "probability", "abnormal"), *found])
+        decided.append((output, probability, int(output > model["threshold"])))
+    if found:
+        beats = answers.join(found, decided)
+        answers.write_all(folder, beats, read_signal(found), found["leads"])
+        print(answers.summary(beats))
+        print(f"wrote {folder / beats.name}{{{','.join(answers.OURS)}}}")
+    else:
+        csv.writer(sys.stdout, lineterminator="\n").writerows([("output", "probability", "abnormal"), *decided])
+
+
+def positive(text: str) -> float:
+    """argparse type: a finite number above zero."""
+    try:
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
 
 
 def main() -> None:
@@ -206,24 +219,35 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for command, reads, writes, what in (
         ("keys", None, "evaluation_keys.zip", "once: make secret keys, and the evaluation keys for the server"),
-        ("encrypt", "beats", "encrypted_beats.zip", "encrypt the beats of a .csv file of raw features"),
-        ("decrypt", "answers", None, "print output, probability and decision (1: abnormal) of each beat as .csv"),
+        ("encrypt", "beats", "encrypted_beats.zip", "encrypt the beats of a recording or of a .csv of features"),
+        ("decrypt", "answers", ".", "decrypt the answers; of a recording: annotations, table, picture"),
     ):
         sub = commands.add_parser(command, help=what, description=what)
         sub.add_argument("--keys", type=Path, default=Path("keys"), help="folder of the secret keys (default: keys)")
         if reads:
             sub.add_argument("file", metavar=reads, type=Path)
-        if writes:
-            sub.add_argument("--output", type=Path, default=Path(writes), help=f"file to write (default: {writes})")
+        kind = "folder of what is written" if command == "decrypt" else "file to write"
+        sub.add_argument("--output", type=Path, default=Path(writes), help=f"{kind} (default: {writes})")
+        if command == "encrypt":
+            detector = recording.DETECTOR
+            what = f"ending of the file whose beats are taken, or {detector} to detect them (default: atr if there)"
+            sub.add_argument("--annotator", metavar="NAME", help=what)
+            what = "sampling rate in Hz; the file is then a .csv of two leads, named in its first line, as 'MLII (mV)'"
+            sub.add_argument("--fs", type=positive, help=what)
+            sub.add_argument("--minutes", type=positive, help="how much of the recording is taken (default: all)")
+        if command == "decrypt":
+            what = "the .json file that encrypt wrote for these beats (default: encrypted_beats.json)"
+            sub.add_argument("--beats", type=Path, metavar="FILE", help=what)
     args = parser.parse_args()
     if args.command == "decrypt":
-        decrypt(args.keys, args.file)
+        decrypt(args.keys, args.file, args.output, args.beats)
         return
     check_output(args.output, [CLIENT, MODEL, args.keys, *([args.file] if "file" in args else [])])
     if args.command == "keys":
         make_keys(args.keys, args.output)
     else:
-        encrypt(args.keys, args.file, args.output)
+        check_output(args.output.with_suffix(".json"), [MODEL, args.file, args.output])
+        encrypt(args.keys, args.file, args.output, args.fs, args.annotator, args.minutes)
 
 
 if __name__ == "__main__":
