@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
+import os
 import re
 import shutil
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import time
@@ -34,6 +37,7 @@ sys.path.append(str(ROOT / "fhe_mlp"))  # of which an export has records.py and 
 import answers
 import boxes
 import client
+import compute
 import csvfiles
 import server as server_side
 
@@ -188,79 +192,225 @@ def test_wrong_keys_truncated_files_and_another_model_are_refused(exported, side
     assert not (tmp_path / "answers.zip").exists()
 
 
-def test_bytes_that_are_no_ciphertext_are_refused_in_one_line(sides, tmp_path):
+def message(content):
+    """A payload that is as long as it says, like those of Concrete: one segment of whole words."""
+    content += bytes(-len(content) % 8)
+    return struct.pack("<II", 0, len(content) // 8) + content
+
+
+def test_a_payload_that_concrete_cannot_use_is_refused_in_one_line(sides, tmp_path):
     hospital, server = sides
     header, payloads = boxes.read_box(hospital / "encrypted_beats.zip", "encrypted beats")
-    whole = next(payloads)
-    for kind, payload in (("encrypted beats", whole[:999]), ("encrypted answers", whole)):
-        boxes.write_box(tmp_path / f"{kind}.zip", kind, {name: header[name] for name in boxes.NAMES}, [payload])
+    beats = list(payloads)
+    beats[2] = message(b"no ciphertext")
+    for kind, payload in (("encrypted beats", beats), ("encrypted answers", beats[2:3])):
+        boxes.write_box(tmp_path / f"{kind}.zip", kind, {name: header[name] for name in boxes.NAMES}, payload)
     argv = (tmp_path / "encrypted beats.zip", "evaluation_keys.zip", "--output", tmp_path / "out.zip")
-    assert "cannot be computed with" in call(server, "server.py", *argv, status=2)
+    assert "beat 3 cannot be computed with" in call(server, "server.py", *argv, status=2)
     line = call(hospital, "client.py", "decrypt", tmp_path / "encrypted answers.zip", status=2)
     assert "encrypted answers.zip: holds no answer" in line
     assert not (tmp_path / "out.zip").exists()
 
 
-def lying_box(path, header, entries=(b"x",), compression=zipfile.ZIP_STORED, claim=None):
-    """Write a box with a header that may be anything and, with `claim`, a size in the directory that is not true."""
+@pytest.mark.parametrize("word", range(4))
+def test_a_payload_that_claims_more_bytes_than_it_has_never_gets_to_concrete(sides, tmp_path, word):
+    """Whose reader would take minutes to refuse it."""
+    header, payloads = boxes.read_box(sides[0] / "encrypted_beats.zip", "encrypted beats")
+    first, *others = payloads
+    lying = bytearray(first)
+    lying[4 * word + 2] ^= 1
+    assert boxes.is_message(first)
+    boxes.write_box(tmp_path / "box.zip", "k", {name: header[name] for name in boxes.NAMES}, [*others, bytes(lying)])
+    if word == 3:  # which only fills up the table of two segments
+        assert len(list(boxes.read_box(tmp_path / "box.zip", "k")[1])) == 5
+    else:
+        with pytest.raises(boxes.Refusal, match="a payload is not whole"):
+            boxes.read_box(tmp_path / "box.zip", "k")
+
+
+def lying_box(path, header, entries=(b"x",), compression=zipfile.ZIP_STORED, claim=None, stored=None, names=()):
+    """Write a box with a header that may be anything, with `claim` a size in the directory that is not true.
+
+    stored: in place of what a box holds of `entries`; names: of further entries.
+    """
     with zipfile.ZipFile(path, "w", compression) as box:
         box.writestr("header.json", header if isinstance(header, str) else json.dumps(header))
-        for number, payload in enumerate(entries):
-            box.writestr(f"{number:06d}.bin", payload)
+        for name in names:
+            box.writestr(name, b"")
+        frames = b"".join(boxes.framed(message(entry)) for entry in entries)
+        box.writestr("payloads.bin", frames if stored is None else stored)
         if claim:
             box.filelist[-1].file_size = box.filelist[-1].compress_size = claim
     return path
 
 
-KILLED = """
-import os, signal, sys, server
-append, rest = server.append, [0, 1, 1]  # it dies after the second answer, which is the third entry
+FAKE = """
+import os, signal, boxes, compute, server
+append, appends, answers = server.append, {appends}, {answers}  # zero: the last thing a process does
 
-def append_and_die(part, entry):
-    append(part, entry)
-    rest.pop() or os.kill(os.getpid(), signal.SIGKILL)
+def live_or_die(left):
+    left.pop() or os.kill(os.getpid(), signal.SIGKILL)
 
-server.append = append_and_die
-server.main()
+def append_counted(part, entry):
+    place = append(part, entry)
+    live_or_die(appends)
+    return place
+
+def echo(*arguments):
+    live_or_die(answers)
+    return arguments[-1]
+
+server.append, compute.answer = append_counted, echo
+boxes.run(server.main)
+"""
+ALWAYS = [1] * 9
+
+
+@pytest.mark.parametrize(
+    ("appends", "answers", "status"), [([0, 1, 1], ALWAYS, -signal.SIGKILL), (ALWAYS, [0, 1, 1], 2)]
+)
+def test_after_a_kill_of_server_or_process_only_the_beat_in_work_is_lost(sides, tmp_path, appends, answers, status):
+    """The first entry of a .part file is no answer, so that both leave two answers."""
+
+    def serve(**left):
+        argv = ("encrypted_beats.zip", "evaluation_keys.zip", "--output", tmp_path / "answers.zip", "--processes", "1")
+        command = [sys.executable, "-c", FAKE.format(**left), *map(str, argv)]
+        return subprocess.run(command, cwd=sides[1], capture_output=True, text=True, check=False)
+
+    done = serve(appends=appends, answers=answers)
+    assert done.returncode == status
+    assert ("a process was killed" in done.stderr) == (status == 2)
+    (part,) = tmp_path.iterdir()
+    part.write_bytes(part.read_bytes() + b"the beat in work")
+    assert "2 of 5 beats are computed already" in serve(appends=ALWAYS, answers=[0, 1, 1, 1]).stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["answers.zip"]
+    beats, answers = (
+        list(boxes.read_box(path, f"encrypted {path.stem.split('_')[-1]}")[1])
+        for path in (sides[1] / "encrypted_beats.zip", tmp_path / "answers.zip")
+    )
+    assert answers == beats
+
+
+PAUSED = """
+import os, signal, boxes, compute, server
+
+def pause(*arguments):
+    os.write(1, b"computing\\n")
+    signal.pause()
+
+compute.answer = pause
+boxes.run(server.main)
 """
 
 
-def test_a_server_that_is_killed_computes_the_rest_when_it_is_started_again(sides, tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_processes_end_with_the_server(sides, tmp_path, number, status):
+    argv = ("encrypted_beats.zip", "evaluation_keys.zip", "--output", tmp_path / "out.zip", "--processes", "2")
+    command = [sys.executable, "-c", PAUSED, *map(str, argv)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True}
+    server = subprocess.Popen(command, cwd=sides[1], text=True, **pipes)
+    assert [server.stdout.readline() for _ in range(2)] == ["computing\n"] * 2
+    assert "another process is computing these beats" in call(sides[1], "server.py", *argv, status=2)
+    if number == signal.SIGINT:
+        os.killpg(server.pid, number)  # as a terminal does
+    else:
+        server.send_signal(number)
+    left = server.communicate()[1]  # until nobody has stdout any more
+    assert server.returncode == status
+    assert left.splitlines()[1:] == (["-c: interrupted; run the same command again"] if status == 130 else [])
+
+
+@pytest.fixture
+def dask_cluster():
+    from distributed import LocalCluster
+
+    options = {"threads_per_worker": 1, "memory_limit": 0, "dashboard_address": None}
+    with LocalCluster(n_workers=2, **options) as cluster:
+        yield cluster
+
+
+def test_dask_workers_compute_the_same_answers_with_keys_that_were_sent_once(sides, tmp_path, dask_cluster):
+    from distributed import Client
+
     hospital, server = sides
     argv = ("encrypted_beats.zip", "evaluation_keys.zip", "--output", tmp_path / "answers.zip")
-    command = [sys.executable, "-c", KILLED, *map(str, argv)]
-    assert subprocess.run(command, cwd=server, capture_output=True, check=False).returncode == -signal.SIGKILL
-    (part,) = tmp_path.iterdir()
-    part.write_bytes(part.read_bytes() + b"the beat in work")
-    assert "2 of 5 beats are computed already" in call(server, "server.py", *argv)
-    assert [path.name for path in tmp_path.iterdir()] == ["answers.zip"]
+    call(server, "server.py", *argv, "--scheduler", dask_cluster.scheduler_address)
+    with Client(dask_cluster) as client:  # besides what the server sent, no worker had to ask another for anything
+        assert set(client.run(lambda dask_worker: len(dask_worker.transfer_incoming_log)).values()) == {0}
     answers = csv.DictReader(io.StringIO(call(hospital, "client.py", "decrypt", tmp_path / "answers.zip")))
     assert [int(answer["abnormal"]) for answer in answers] == [0, 1, 0, 0, 1]
 
 
-@pytest.mark.parametrize("cut", [0, 5, 12, 30, 64, 65, 90, 1000])
+def test_a_process_loads_the_keys_once(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(compute, "_LOADED", {})
+    monkeypatch.setattr(compute, "load", lambda *given: loaded.append(given) or (FakeServer, given[2]))
+    assert [compute.answer(name, {}, b"net", name.encode(), b"beat") for name in "aabba"] == [
+        b"beat with " + name for name in (b"a", b"a", b"b", b"b", b"a")
+    ]
+    assert [keys for _, _, keys in loaded] == [b"a", b"b", b"a"]
+
+
+class FakeServer:
+    """In place of Concrete ML's."""
+
+    @staticmethod
+    def run(beat, keys):
+        return beat + b" with " + keys
+
+
+def test_a_worker_of_another_version_and_a_scheduler_that_does_not_answer_are_refused(sides, monkeypatch):
+    for name in ("python", "concrete-ml"):
+        with pytest.raises(ValueError, match=rf"{os.uname().nodename}: its {name} is .*, the server's is 0\.1"):
+            compute.load({**compute.versions(), name: "0.1"}, b"", b"")
+    monkeypatch.setattr(server_side, "CONNECT_SECONDS", 1)
+    for address in ("tcp://127.0.0.1:9", "nonsense"):
+        with pytest.raises(boxes.Refusal, match="python -m dask worker"):
+            server_side.dask_workers(address, "a", b"")
+
+
+@pytest.mark.parametrize("cut", [0, 5, 12, 30, 64, 65, 106, 107, 1000])
 def test_a_part_file_is_continued_behind_its_last_whole_entry(tmp_path, cut):
+    """Of three beats, with the answers to the last and the first."""
+    first, entries = b"of these beats", {2: b"1" * 20, 0: b"2" * 30}
     with (tmp_path / "part").open("a+b") as part:
-        for entry in (b"of these beats", b"1" * 20, b"2" * 30):
-            server_side.append(part, entry)
+        server_side.append(part, first)
+        for number, answer in entries.items():
+            server_side.append(part, number.to_bytes(8, "big") + answer)
         part.truncate(cut)
-        done = server_side.resume(part, b"of these beats")
-        server_side.append(part, b"next")
-        assert done == sum(cut >= end for end in (26 + 32, 26 + 32 + 42))
-        answers = [b"1" * 20, b"2" * 30][:done]
-        assert list(server_side.entries(part)) == [b"of these beats", *answers, b"next"]
-        assert server_side.resume(part, b"of other beats") == 0
-        assert list(server_side.entries(part)) == [b"of other beats"]
+        places = server_side.resume(part, first, 3)
+        assert [bool(place) for place in places] == [cut >= 26 + 40 + 50, False, cut >= 26 + 40]
+        for number in (0, 1, 2):
+            if not places[number]:
+                places[number] = server_side.append(part, number.to_bytes(8, "big") + entries.get(number, b"new"))
+        assert list(server_side.answers(part, places)) == [b"2" * 30, b"new", b"1" * 20]
+        server_side.append(part, (3).to_bytes(8, "big") + b"of a beat that there is not")
+        assert server_side.resume(part, first, 3) == places
+        assert not any(server_side.resume(part, b"of other beats", 3))
+        assert part.seek(0, os.SEEK_END) == 26
 
 
 def test_a_box_is_read_in_the_memory_of_one_payload(tmp_path):
-    names = dict.fromkeys(boxes.NAMES, "0")
-    boxes.write_box(tmp_path / "box.zip", "k", names, (bytes(10**6) for _ in range(40)))
+    names, payload = dict.fromkeys(boxes.NAMES, "0"), message(bytes(10**6))
+    boxes.write_box(tmp_path / "box.zip", "k", names, itertools.repeat(payload, 40))
     tracemalloc.start()
     header, payloads = boxes.read_box(tmp_path / "box.zip", "k")
-    assert sum(len(payload) for payload in payloads) == header["count"] * 10**6
+    assert sum(len(payload) for payload in payloads) == header["count"] * len(payload)
     assert tracemalloc.get_traced_memory()[1] < 6 * 10**6
     tracemalloc.stop()
+
+
+def test_memory_does_not_grow_with_the_number_of_payloads(tmp_path):
+    peaks = []
+    for count in (1000, 10_000):
+        tracemalloc.start()
+        boxes.write_box(
+            tmp_path / "box.zip", "k", dict.fromkeys(boxes.NAMES, "0"), itertools.repeat(message(b"x"), count)
+        )
+        assert sum(1 for _ in boxes.read_box(tmp_path / "box.zip", "k")[1]) == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 HEADER = {"kind": "k", "version": boxes.BOX_VERSION, "model": "0", "key": "0", "beats": "0", "count": 1}
@@ -275,6 +425,13 @@ HEADER = {"kind": "k", "version": boxes.BOX_VERSION, "model": "0", "key": "0", "
         {"header": HEADER, "claim": 10**12},
         {"header": HEADER, "claim": 3 * 10**8},
         {"header": HEADER, "entries": [bytes(10**8)], "compression": zipfile.ZIP_DEFLATED},
+        {"header": HEADER, "names": ["../../etc/passwd"]},
+        *({"header": HEADER, "stored": boxes.FRAME.pack(length, 0)} for length in (0, 10**12, 2**64 - 1)),
+        *(
+            {"header": HEADER, "stored": stored}
+            for stored in (b"", b"\0" * 99, boxes.framed(b"x"), boxes.framed(b"x" * 99))
+        ),
+        {"header": HEADER, "stored": boxes.framed(message(b"x")) + b"more"},
     ],
 )
 def test_a_lying_box_is_refused_in_one_line_without_memory(tmp_path, lie):
@@ -296,7 +453,7 @@ def test_a_box_is_read_as_written_or_refused(tmp_path, edits, end):
         whole[place % len(whole)] = value
     (tmp_path / "box.zip").write_bytes(whole[: end or None])
     try:
-        assert list(boxes.read_box(tmp_path / "box.zip", "k")[1]) == [b"first", b"second"]
+        assert list(boxes.read_box(tmp_path / "box.zip", "k")[1]) == [message(b"first"), message(b"second")]
     except boxes.Refusal as refusal:
         assert len(str(refusal).splitlines()) == 1
 

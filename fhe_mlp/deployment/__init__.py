@@ -1,6 +1,7 @@
 """What a hospital and a server need to use one compiled network, written into a new folder.
 
-All scripts run there without this package; the client gets copies of its rooms that read records.
+client.py, server.py, compute.py and boxes.py run there without this package; the client gets copies of its rooms that
+read records.
 """
 
 from __future__ import annotations
@@ -76,10 +77,11 @@ def export(module: QuantizedModule, model: dict[str, Any], X: np.ndarray, folder
         (whole / "README.md").write_text(readme, encoding="utf-8")
         for side in (client, server):
             (side / "README.md").write_text(readme, encoding="utf-8")
-            packages = ("concrete-ml", *(["wfdb", "matplotlib"] if side == client else []))
+            packages = ("concrete-ml", *(["wfdb", "matplotlib"] if side == client else ["distributed"]))
             (side / "requirements.txt").write_text("".join(f"{name}=={version(name)}\n" for name in packages))
             shutil.copy(HERE / "boxes.py", side)
-        shutil.copy(HERE / "server.py", server)
+        for name in ("server.py", "compute.py"):
+            shutil.copy(HERE / name, server)
         for path in (*(HERE / name for name in CLIENT_ONLY), *(HERE.parent / name for name in CLIENT_COPIES)):
             shutil.copy(path, client)
         whole.replace(folder)

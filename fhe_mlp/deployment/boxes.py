@@ -1,25 +1,31 @@
 """What client.py and server.py share: the files that travel between them, refusals, and the end of a command.
 
-A box is an uncompressed .zip: payloads 000000.bin, 000001.bin, ..., and header.json with their count, what they are,
-which model and which keys they are for, and of which beats. A box comes from somebody else: the names in it are never
-used as paths, and nothing is read before its size is known to fit into the file. Payloads are read one at a time.
+A box is an uncompressed .zip: payloads.bin, in which each payload follows its length and CRC-32, and header.json with
+their count, what they are, which model and which keys they are for, and of which beats. A box comes from somebody else:
+the names in it are never used as paths, and nothing is read before its size is known to fit into the file. Payloads are
+written and read one at a time, so that memory does not grow with their number.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
+import struct
 import sys
 import traceback
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 BOX_VERSION = 2  # of the layout of a box
+PAYLOADS, HEADER = "payloads.bin", "header.json"  # the entries of the .zip
+FRAME = struct.Struct(">QI")  # length and CRC-32, before each payload
 NAMES = ("model", "key", "beats")  # in the header of a box; beats of evaluation keys: 0, for any
 HEADER_BYTES = 10_000  # of header.json at most; ours has about 150
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
@@ -57,6 +63,39 @@ def check_output(output: Path, inputs: Sequence[Path]) -> None:
             raise Refusal(f"{output}: writing it would overwrite {path}; name another --output")
 
 
+def framed(payload: bytes) -> bytes:
+    """A payload behind its length and checksum."""
+    return FRAME.pack(len(payload), zlib.crc32(payload)) + payload
+
+
+def read_frames(file: IO[bytes], size: int) -> Iterator[bytes]:
+    """Each whole payload from where `file`, of `size` bytes, stands; ends at the first that is cut short or damaged.
+
+    No payload is empty: zeros, which a power cut can leave at the end of a file, would pass as empty ones.
+    """
+    while len(frame := file.read(FRAME.size)) == FRAME.size:
+        length, checksum = FRAME.unpack(frame)
+        if not 0 < length <= size - file.tell():  # before memory is taken for it
+            return
+        payload = file.read(length)
+        if zlib.crc32(payload) != checksum:
+            return
+        yield payload
+
+
+def is_message(payload: bytes) -> bool:
+    """Whether a payload is as long as it says: a number of segments less one, their sizes in 8 bytes, the segments.
+
+    That is how Cap'n Proto, and so Concrete, stores a value. Where bytes are missing, up to 32 GB, its reader asks for
+    them again and again, 8 kB at a time, and writes a stack trace each time, which takes up to hours.
+    """
+    segments = int.from_bytes(payload[:4], "little") + 1
+    table = 4 + 4 * segments
+    if table > len(payload):
+        return False
+    return len(payload) == -(-table // 8) * 8 + 8 * sum(struct.unpack_from(f"<{segments}I", payload, 4))
+
+
 def write_box(path: Path, kind: str, names: Mapping[str, str], payloads: Iterable[bytes]) -> None:
     """Write a box, whole or not at all. Payloads are written as they come, so that they need not fit into memory.
 
@@ -67,11 +106,12 @@ def write_box(path: Path, kind: str, names: Mapping[str, str], payloads: Iterabl
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as box:
-            for payload in payloads:
-                box.writestr(f"{count:06d}.bin", payload)
-                count += 1
+            with box.open(PAYLOADS, "w", force_zip64=True) as entry:
+                for payload in payloads:
+                    entry.write(framed(payload))
+                    count += 1
             header = {"kind": kind, "version": BOX_VERSION, **names, "count": count}
-            box.writestr("header.json", json.dumps(header))
+            box.writestr(HEADER, json.dumps(header))
         temporary.replace(path)
     except OSError as error:
         raise Refusal(f"{path}: cannot be written ({error.strerror or first_line(error)})") from None
@@ -86,13 +126,17 @@ def damaged(path: Path, error: Exception) -> Refusal:
     return Refusal(f"{path}: is truncated or damaged ({first_line(error)}); have it sent again")
 
 
-def read_payloads(path: Path, count: int) -> Iterator[bytes]:
-    """The payloads of a box that read_box has checked, one at a time."""
+def read_payloads(path: Path) -> Iterator[bytes]:
+    """The payloads of a box, one at a time. Raises Refusal where one is cut short, damaged or no message."""
     try:
-        with zipfile.ZipFile(path) as box:
-            for number in range(count):
-                yield box.read(f"{number:06d}.bin")
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:  # it has changed since
+        with zipfile.ZipFile(path) as box, box.open(PAYLOADS) as entry:
+            size, end = box.getinfo(PAYLOADS).file_size, 0
+            for payload in itertools.takewhile(is_message, read_frames(entry, size)):
+                end = entry.tell()
+                yield payload
+            if end != size:
+                raise ValueError("a payload is not whole")
+    except Exception as error:  # zipfile raises a dozen unrelated types on damaged files
         raise damaged(path, error) from None
 
 
@@ -105,42 +149,29 @@ def read_box(path: Path, kind: str) -> tuple[dict[str, Any], Iterator[bytes]]:
         try:
             with zipfile.ZipFile(file) as box:
                 entries = box.infolist()
+                if sorted(entry.filename for entry in entries) != [HEADER, PAYLOADS]:
+                    raise ValueError("it holds other entries")
                 if any(e.compress_type != zipfile.ZIP_STORED or e.file_size != e.compress_size for e in entries):
                     raise ValueError("it is compressed")
                 # In sum, since entries may also claim the same bytes many times over.
                 if sum(entry.file_size for entry in entries) > path.stat().st_size:
                     raise ValueError("its entries claim to be larger than the file")
-                if box.getinfo("header.json").file_size > HEADER_BYTES:
+                if box.getinfo(HEADER).file_size > HEADER_BYTES:
                     raise ValueError("its header is too long")
-                header = json.loads(box.read("header.json"))
+                header = json.loads(box.read(HEADER))
                 found, count = (header["kind"], header["version"]), header["count"]
-                if type(count) is not int or not 0 < count == len(entries) - 1:
-                    raise ValueError("its header counts other entries than there are")
+                if type(count) is not int or count < 1:
+                    raise ValueError("its header counts no payloads")
                 if not all(re.fullmatch("[0-9a-f]{1,64}", header[name]) for name in NAMES):
                     raise ValueError("its header names no model, keys and beats")
-                if found == (kind, BOX_VERSION):
-                    for number in range(count):
-                        box.getinfo(f"{number:06d}.bin")
-                    if box.testzip():  # now, rather than after hours of computing
-                        raise ValueError("its checksums do not fit")
-                    return header, read_payloads(path, count)
-        except Exception as error:  # zipfile and json raise a dozen unrelated types on damaged files
+        except Exception as error:  # as above, and json's
             raise damaged(path, error) from None
-    what = f"{str(found[0])[:40]!r}, version {str(found[1])[:10]!r}"
-    raise Refusal(f"{path}: holds {what}; wanted here are {kind!r}, version '{BOX_VERSION}'")
-
-
-@contextlib.contextmanager
-def without_log() -> Iterator[None]:
-    """Keep Concrete's C++ libraries from printing a stack trace, up to 100,000 lines, for bytes that they refuse."""
-    kept = os.dup(2)
-    with Path(os.devnull).open("w") as nothing:
-        os.dup2(nothing.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+    if found != (kind, BOX_VERSION):
+        what = f"{str(found[0])[:40]!r}, version {str(found[1])[:10]!r}"
+        raise Refusal(f"{path}: holds {what}; wanted here are {kind!r}, version '{BOX_VERSION}'")
+    if sum(1 for _ in read_payloads(path)) != count:  # now, rather than after hours of computing
+        raise damaged(path, ValueError("its header counts other payloads than there are"))
+    return header, read_payloads(path)
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -160,7 +191,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         print(f"{name}: {where}{error.strerror or first_line(error)}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted", file=sys.stderr)
+        print(f"\n{name}: interrupted; run the same command again", file=sys.stderr)
         status = INTERRUPTED
     except Exception:
         traceback.print_exc()

@@ -26,13 +26,13 @@ from typing import Any
 import answers
 import numpy as np
 import recording
-from boxes import Refusal, check_output, first_line, read_box, run, same, sha256, without_log, write_box
+from boxes import Refusal, check_output, first_line, read_box, run, same, sha256, write_box
 from csvfiles import read_beats
 
 HERE = Path(__file__).resolve().parent
 CLIENT, MODEL = HERE / "client.zip", HERE / "model.json"
 # How the files of encrypt begin, which a new run may replace.
-BOX, TIMES = rb"PK\x03\x04.{26}000000\.bin", rb'\{"beats": "'
+BOX, TIMES = rb"PK\x03\x04.{26}payloads\.bin", rb'\{"beats": "'
 KEPT = {"record", "path", "table_fs", "origin", "annotations", "fs", "leads", "not_classified"}  # of a recording
 FAR_SD = 10.0  # standard deviations from the training mean; a column with most of its values beyond: another unit
 
@@ -188,8 +188,7 @@ def decrypt(keys: Path, path: Path, folder: Path, given: Path | None) -> None:
     client, decided = load_client(keys), []
     for payload in payloads:
         try:
-            with without_log():
-                output = float(client.deserialize_decrypt_dequantize(payload).ravel()[0])
+            output = float(client.deserialize_decrypt_dequantize(payload).ravel()[0])
         except (RuntimeError, ValueError, AssertionError) as error:
             raise Refusal(f"{path}: holds no answer ({first_line(error)}); have it sent again") from None
         probability = output if model["output"] == "probability" else 1 / (1 + np.exp(-output))
