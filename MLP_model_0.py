@@ -47,6 +47,7 @@ from fhe_mlp.cli import (
     run,
     write_json,
 )
+from fhe_mlp.expansion import NONE, expansion
 from fhe_mlp.networks import (
     balanced_weights,
     build,
@@ -265,12 +266,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         help=f"probability that decides (default: {THRESHOLD:g}, for unseen patients {THRESHOLD_UNSEEN:g}, unless "
         "validation rows clearly ask for another)",
     )
+    option("--expand", type=expansion, default=NONE, help="public map of the features: none, products or fourier:N")
     option("--folds", type=positive_int, help="cross-validate over patients in so many parts; trains no baseline")
     args = parser.parse_args(argv)
     if args.folds == 1:
         parser.error("--folds needs at least 2")
     check_writable(args.workdir)
-    data = load_arrays(args.data_dir)
+    data = load_arrays(args.data_dir, args.expand)
     beats, named = rows_of(args.data_dir, data)
     unseen = named and (bool(args.folds) or unseen_patients(beats))  # folds hold out whole patients
     recipe = Recipe(
@@ -304,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "parameters": model.count_params(),
         "unseen_patients": unseen,
         **vars(recipe),
+        "expand": args.expand,
         "threshold": chosen,
         "validation": figures(model, data["val"], beats["val"], named),
         "test": figures(model, data["test"], beats["test"], named),

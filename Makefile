@@ -43,18 +43,18 @@ patients: all
 	@touch $@
 
 # Each step names what its numbers depend on, and no more: how results look is step 5's alone.
-$PMLP_model_0.h5: MLP_model_0.py fhe_mlp/arrays.py fhe_mlp/networks.py fhe_mlp/ec57.py $(ARRAYS) | .venv/.ready
+$PMLP_model_0.h5: MLP_model_0.py $(addprefix fhe_mlp/,arrays.py expansion.py networks.py ec57.py) $(ARRAYS) | .venv/.ready
 	$(call step,MLP_model_0.py)
 
 $Ptf_pruned_model.h5: TF_pruning.py $PMLP_model_0.h5 | .venv/.ready
 	$(call step,TF_pruning.py)
 
-$Pdynamic_pruning_results.xlsx: dynamic_pruning_eval.py fhe_mlp/neuron_removal.py fhe_mlp/quantized.py fhe_mlp/qat.py \
-		$Ptf_pruned_model.h5 | .venv/.ready
+$Pdynamic_pruning_results.xlsx: dynamic_pruning_eval.py $(addprefix fhe_mlp/,neuron_removal.py quantized.py qat.py tables.py \
+		pbs_complexity.csv) $Ptf_pruned_model.h5 | .venv/.ready
 	$(call step,dynamic_pruning_eval.py)
 
 # The files of steps 4 and 5 have names that follow the results, and step 5's must survive an interrupt: stamps.
-$P.onnx.stamp: h5_onnx_converter.py $Pdynamic_pruning_results.xlsx | .venv/.ready
+$P.onnx.stamp: h5_onnx_converter.py fhe_mlp/graphs.py $Pdynamic_pruning_results.xlsx | .venv/.ready
 	$(call step,h5_onnx_converter.py)
 	@touch $@
 

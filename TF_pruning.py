@@ -31,6 +31,7 @@ from fhe_mlp.networks import (
     epoch_rows,
     load_mlp,
     logit_shift,
+    public_map,
     save_mlp,
     shift_logit,
     start_tensorflow,
@@ -168,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.initial_sparsity > args.final_sparsity:
         parser.error("--initial-sparsity must not be above --final-sparsity")
     check_writable(args.workdir)
-    data = load_arrays(args.data_dir)
+    data = load_arrays(args.data_dir, public_map(args.workdir))
     keras = start_tensorflow(args.seed)
     from tensorflow_model_optimization.sparsity.keras import UpdatePruningStep, strip_pruning
 

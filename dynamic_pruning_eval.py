@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,30 +55,40 @@ from fhe_mlp.networks import (
     load_mlp,
     logit_shift,
     mlp_bytes,
+    public_map,
     shift_logit,
     start_tensorflow,
     training_draws,
 )
 from fhe_mlp.neuron_removal import revive, share_neurons, shrink
 from fhe_mlp.pictures import save_figure
-from fhe_mlp.qat import Ensemble
-from fhe_mlp.quantized import BITS, TOLERATED_LOSS, QuantizedNetwork, add_to_h5
+from fhe_mlp.qat import Ensemble, ReluEnsemble
+from fhe_mlp.quantized import BITS, NOISE_DRAWS, TOLERATED_LOSS, QuantizedNetwork, add_to_h5
 from fhe_mlp.report import settings_sheet, write_workbook
+from fhe_mlp.tables import TableEnsemble
 
 if TYPE_CHECKING:
     import tf_keras
 
-RATES = tuple(range(25, 91, 5))  # percent of the neurons of each hidden layer that are removed
+RATES = (*range(25, 91, 5), 92, *range(94, 101))  # percent of the hidden neurons that are removed
 FINE_TUNE_EPOCHS = 30  # after each rate; 0 is one-shot pruning
-BATCH_SIZE = 64  # beats a gradient step
-LEARNING_RATE = 1e-3  # of Adam at the start of each fine-tuning; falls to 0 along a cosine
+BATCH_SIZE = 256  # beats a gradient step
+LEARNING_RATE = 2e-3  # of Adam at the start of each fine-tuning; falls to 0 along a cosine
 WEIGHT_DECAY = 0.3  # decoupled, of weights and biases; narrow ranges survive quantization (tried on validation rows)
 MIN_WIDTH = 32  # neurons; with narrower hidden layers 0.3 to 1 points were lost at 3 and 4 bits (validation rows)
-QUANTIZATION_EPOCHS = 40  # of quantization-aware training; 80 gave 0.2 points more (validation rows) for twice the time
-ROUNDING_BITS = (4, 5)  # tried at each bit width; 3 loses points of accuracy, 6 cost 2.3 times as much as 5
-ROUNDING_BITS_TOLERANCE = 0.0025  # of validation accuracy that fewer rounding bits may cost
+ACTIVATIONS = ("table", "relu")  # what a quantized neuron computes: what it learns, or the float network's ReLU
+TABLES = 40  # neurons from which networks of tables start; more gain nothing
+QUANTIZATION_EPOCHS = 30  # of quantization-aware training, for each rate; 60 gain nothing
+ROUNDING_BITS = 6  # of an accumulator that its bootstrap sees; at the same cost, 5 are 0.1 points worse, 4 more
+P_ERROR = 2.0**-6  # chance that one bootstrap is off by a step; 2^-13 costs 30 % more and gains 0.1 points at most
+TRIALS = 3  # trainings of each number of bits, side by side
+REMOVAL_ROWS = 3000  # training rows that show which tables vary least
+SAME_COST = 0.01  # relative difference of complexity that nobody would notice
 KEEP = 10  # networks that are saved
+ENCRYPTED_VALIDATION = "val_balanced_accuracy_encrypted"  # by which networks are chosen
+QUANTIZED_ACCURACIES = [f"{part}_balanced_accuracy{kind}" for part in ("val", "test") for kind in ("", "_encrypted")]
 CYCLES = 20  # timed repetitions of each latency, after one that warms up
+Quantized = dict[int, pd.DataFrame]  # by rate, the rows of `candidates`
 
 
 def fine_tune(model: tf_keras.Sequential, rows: Rows, probability: np.ndarray, epochs: int, seed: int) -> None:
@@ -90,49 +101,83 @@ def fine_tune(model: tf_keras.Sequential, rows: Rows, probability: np.ndarray, e
     model.fit(training_draws(*rows, probability, BATCH_SIZE, seed), epochs=epochs, verbose=0)
 
 
-def quantize(
-    layers: Layers,
-    data: Arrays,
-    targets: np.ndarray,
-    probability: np.ndarray,
-    noise: float,
-    epochs: int,
-    seed: int,
-    title: str,
-) -> pd.DataFrame:
-    """Train the network at every bit width and number of rounding bits, a row for each; column "network" holds it.
+def candidates(ensemble: Ensemble, data: Arrays) -> pd.DataFrame:
+    """The members as integers, a row each with its cost and accuracy; column "network" holds it.
 
-    targets, probability, noise: as Ensemble.train takes them.
+    The *_encrypted accuracies are those with the noise of p_error. Of each number of bits, the member of
+    the best on validation rows is "chosen".
     """
-    members = [(bits, rounding_bits) for bits in BITS for rounding_bits in ROUNDING_BITS]
-    ensemble = Ensemble(layers, members, data["train"][0])
-    with tqdm(total=epochs, desc=title, unit="epoch") as bar:
-        ensemble.train(data, targets, probability, noise, epochs, seed, bar)
-    rows = [
-        {
-            "bits": network.bits,
-            "rounding_bits": network.rounding_bits,
-            "pbs": network.pbs(),
-            "predicted_complexity": network.predicted_complexity(data["train"][0]),
-            "val_balanced_accuracy": network.balanced_accuracy(*data["val"]),
-            "test_balanced_accuracy": network.balanced_accuracy(*data["test"]),
-            "network": network,
-        }
-        for network in ensemble.networks(data["train"][0])
-    ]
+    (X, _), rows = data["train"], []
+    for number, network in enumerate(ensemble.networks(X)):
+        row = {"bits": network.bits, "trial": number % TRIALS, "rounding_bits": network.rounding_bits}
+        row |= {"p_error": network.p_error, "pbs": network.pbs()}
+        row["predicted_complexity"] = network.predicted_complexity(X)
+        for part in ("val", "test"):
+            row[f"{part}_balanced_accuracy"] = network.balanced_accuracy(*data[part])
+            row[f"{part}_balanced_accuracy_encrypted"] = network.noisy_balanced_accuracy(*data[part])
+        rows.append({**row, "network": network})
     table = pd.DataFrame(rows)
-    enough = table.groupby("bits")["val_balanced_accuracy"].transform("max") - ROUNDING_BITS_TOLERANCE
-    fewest = table[table["val_balanced_accuracy"] >= enough].groupby("bits")["rounding_bits"].transform("min")
-    table["chosen"] = table["rounding_bits"].eq(fewest)
+    table["chosen"] = False
+    table.loc[table.groupby("bits")[ENCRYPTED_VALIDATION].idxmax(), "chosen"] = True
     return table
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What quantization-aware training learns from; as Ensemble.train takes it."""
+
+    data: Arrays
+    targets: np.ndarray
+    probability: np.ndarray
+    noise: float
+    epochs: int
+    seed: int
+
+    def train(self, ensemble: Ensemble, title: str) -> pd.DataFrame:
+        """Train the ensemble and return its members as `candidates`."""
+        with tqdm(total=self.epochs, desc=title, unit="epoch") as bar:
+            ensemble.train(self.data, self.targets, self.probability, self.noise, self.epochs, self.seed, bar)
+        return candidates(ensemble, self.data)
+
+
+def quantize_relu(networks: dict[int, Layers], form: dict[str, Any], lesson: Lesson, least: float) -> Quantized:
+    """Quantize the networks by rate, the smallest first, until KEEP of them have `least` validation accuracy."""
+    found: Quantized = {}
+    for rate in sorted(networks, reverse=True):
+        if len(networks[rate]) > 1:
+            found[rate] = lesson.train(ReluEnsemble(networks[rate], **form), f"{rate} % removed, quantized")
+        if sum(one[ENCRYPTED_VALIDATION].max() >= least for one in found.values()) == KEEP:
+            break
+    return found
+
+
+def quantize_tables(neurons: dict[int, int], start: Layers, form: dict[str, Any], lesson: Lesson) -> Quantized:
+    """Networks of tables with the `neurons` of each rate, at most those of `start`, a network of one hidden layer.
+
+    Each starts from the one before, from which the neurons whose outputs vary least are removed.
+    """
+    ensemble, found = TableEnsemble(start, **form), {}
+    lesson.train(ensemble, f"{ensemble.neurons} tables")
+    for rate, width in sorted(neurons.items()):
+        if width <= ensemble.neurons:
+            rows = np.random.default_rng(lesson.seed).choice(len(lesson.targets), REMOVAL_ROWS, p=lesson.probability)
+            ensemble.remove(width, lesson.data["train"][0][rows])
+            found[rate] = lesson.train(ensemble, f"{rate} % removed, {width} tables")
+    return found
+
+
 def lowest_cost(quantized: pd.DataFrame, least: float) -> pd.Series:
-    """The row of the lowest cost of at least `least` validation accuracy or, where none has it, the most accurate."""
-    good = quantized[quantized["val_balanced_accuracy"] >= least]
-    return quantized.loc[
-        good["predicted_complexity"].idxmin() if len(good) else quantized["val_balanced_accuracy"].idxmax()
-    ]
+    """The row of the lowest cost of at least `least` validation accuracy or, where none has it, the most accurate.
+
+    Of those that cost the same but for SAME_COST, that of the most bits: its functions include those of the others, and
+    validation rows of few patients cannot tell them apart.
+    """
+    accuracy = quantized[ENCRYPTED_VALIDATION]
+    cost = quantized["predicted_complexity"]
+    if (accuracy < least).all():
+        return quantized.loc[accuracy.idxmax()]
+    same = quantized[(accuracy >= least) & (cost <= cost[accuracy >= least].min() * (1 + SAME_COST))]
+    return quantized.loc[same["bits"].idxmax()]
 
 
 def latency_ms(model: Callable, X: np.ndarray) -> tuple[float, float]:
@@ -157,7 +202,7 @@ def measure(model: tf_keras.Sequential, data: Arrays, beats: pd.DataFrame | None
     found = ec57.columns(ec57.figures(data["test"][1], decisions(model, data["test"][0]), beats))
     widths = [len(bias) for _, bias in dense_layers(model)[:-1]]
     return {
-        "hidden_layers": "-".join(map(str, widths)),
+        "hidden_layers": "-".join(map(str, widths)) or "none",
         "hidden_neurons": sum(widths),
         "parameters": model.count_params(),
         "val_balanced_accuracy": balanced_accuracy(model, *data["val"]),
@@ -174,11 +219,12 @@ def rank(table: pd.DataFrame, least: float) -> list[int]:
 
     Without quantized networks, by validation accuracy, the smaller network first among equals.
     """
-    if "quantized_val_balanced_accuracy" not in table:
+    if "quantized_val_balanced_accuracy_encrypted" not in table:
         return list(table.sort_values(["val_balanced_accuracy", "rate_percent"], ascending=False).index)
-    good = table["quantized_val_balanced_accuracy"] >= least
+    accuracy = table["quantized_val_balanced_accuracy_encrypted"]
+    good = accuracy >= least
     by_cost = table[good].sort_values(["predicted_complexity", "rate_percent"], ascending=[True, False])
-    return [*by_cost.index, *table[~good].sort_values("quantized_val_balanced_accuracy", ascending=False).index]
+    return [*by_cost.index, *accuracy[~good].sort_values(ascending=False).index]
 
 
 def save_best(
@@ -236,20 +282,24 @@ def plot_results(table: pd.DataFrame, before: dict[str, float], workdir: Path) -
 
 
 def plot_cost(quantized: pd.DataFrame, baseline: float, max_loss: float, path: Path) -> None:
-    """Predicted encrypted cost against validation accuracy of the chosen quantized networks, one series a bit width."""
+    """Predicted encrypted cost against validation accuracy, one series a bit width: the mean of its trials, and bars to
+    the best and the worst. Networks without neurons, which cost next to nothing, are not shown."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(9, 5.4))
-    for bits, group in quantized[quantized["chosen"]].groupby("bits"):
-        group = group.sort_values("predicted_complexity")
-        axis.plot(group["predicted_complexity"], 100 * group["val_balanced_accuracy"], marker="o", label=f"{bits} bits")
+    for bits, group in quantized[quantized["pbs"] > 0].groupby("bits"):
+        trials = group.groupby("rate_percent").agg(
+            cost=("predicted_complexity", "mean"), **{f: (ENCRYPTED_VALIDATION, f) for f in ("mean", "min", "max")}
+        )
+        mean, ends = 100 * trials["mean"], 100 * trials[["min", "max"]].sub(trials["mean"], axis=0).abs().T
+        axis.errorbar(trials["cost"], mean, yerr=ends, marker="o", capsize=2, label=f"{bits} bits")
     axis.axhline(100 * baseline, color="black", ls="--", label="float baseline")
-    axis.axhline(100 * (baseline - max_loss), color="black", ls=":", label=f"{100 * max_loss:g} points below")
+    axis.axhline(100 * (baseline - max_loss), color="black", ls=":", label=f"baseline - {100 * max_loss:g}")
     axis.set(
         xscale="log",
         xlabel="predicted complexity of one encrypted beat",
         ylabel="validation balanced accuracy (%)",
-        title="Accuracy of the quantized networks against their predicted cost",
+        title=f"Quantized networks: accuracy against predicted cost, mean and range of {TRIALS} trainings",
     )
     axis.legend()
     save_figure(figure, path)
@@ -263,6 +313,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--fine-tune-epochs", type=natural_int, default=FINE_TUNE_EPOCHS, help="after each rate; 0: one-shot"
     )
     parser.add_argument("--min-width", type=positive_int, default=MIN_WIDTH, help="narrower hidden layers are removed")
+    parser.add_argument("--activation", choices=ACTIVATIONS, default=ACTIVATIONS[0], help="of quantized neurons")
+    parser.add_argument("--rounding-bits", type=int, choices=range(3, 8), default=ROUNDING_BITS, help="of accumulators")
+    parser.add_argument("--p-error", type=float, default=P_ERROR, help="chance that one bootstrap is off by a step")
     parser.add_argument(
         "--quantization-epochs", type=natural_int, default=QUANTIZATION_EPOCHS, help="0: leave quantization to step 5"
     )
@@ -273,10 +326,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="validation accuracy below the baseline up to which a quantized network is ranked by its cost",
     )
     args = parser.parse_args(argv)
-    if sorted(set(args.rates)) != list(args.rates) or not 0 <= args.rates[0] <= args.rates[-1] < 100:
-        parser.error("--rates must rise and lie between 0 and 99")
+    if sorted(set(args.rates)) != list(args.rates) or not 0 <= args.rates[0] <= args.rates[-1] <= 100:
+        parser.error("--rates must rise and lie between 0 and 100")
+    if not 2.0**-40 <= args.p_error <= 0.25:
+        parser.error("--p-error must lie between 2^-40 and 0.25")
     check_writable(args.workdir)
-    data = load_arrays(args.data_dir)
+    data = load_arrays(args.data_dir, public_map(args.workdir))
     start_tensorflow(args.seed)
     features = data["train"][0].shape[1]
     start = load_mlp(args.workdir / "tf_pruned_model.h5", "python TF_pruning.py", features)
@@ -294,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     history = [(full, layers)]  # widths by layer of step 2's network, 0 for one that is gone, and the network
     models, rows = {}, []
     for rate in tqdm(args.rates, desc="removing neurons", unit="rate"):
-        widths = share_neurons(sum(n - n * rate // 100 for n in full), full, args.min_width)
+        widths = share_neurons(round(sum(full) * (1 - rate / 100)), full, args.min_width)
         has, layers = next((h, n) for h, n in reversed(history) if all(a >= b for a, b in zip(h, widths)))
         layers = shrink(layers, [width for width, old in zip(widths, has) if old], data["train"][0])
         one_shot = balanced_accuracy(build(layers), *data["val"])
@@ -309,18 +364,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         history.append((widths, layers))
         before_tuning = {"rate_percent": rate, "val_balanced_accuracy_before_tuning": one_shot}
         rows.append({**before_tuning, **measure(models[rate], data, known)})
-    found = {}
-    for row in reversed(rows if args.quantization_epochs else []):
-        rate = row["rate_percent"]
-        layers = dense_layers(models[rate])
-        title = f"{rate} % removed, quantized"
-        found[rate] = quantize(layers, data, targets, probability, noise, args.quantization_epochs, args.seed, title)
-        best = lowest_cost(found[rate][found[rate]["chosen"]], goal - args.max_loss)
-        row |= {"quantized_bits": best["bits"], "rounding_bits": best["rounding_bits"], "pbs": best["pbs"]}
-        row |= {f"quantized_{part}_balanced_accuracy": best[f"{part}_balanced_accuracy"] for part in ("val", "test")}
-        row["predicted_complexity"] = best["predicted_complexity"]
-        if sum(other.get("quantized_val_balanced_accuracy", 0) >= goal - args.max_loss for other in rows) == KEEP:
-            break
+    found: Quantized = {}
+    if args.quantization_epochs:
+        form = {"bits": [bits for bits in BITS for _ in range(TRIALS)], "rounding_bits": args.rounding_bits}
+        form |= {"p_error": args.p_error, "X": data["train"][0]}
+        lesson = Lesson(data, targets, probability, noise, args.quantization_epochs, args.seed)
+        if args.activation == "relu":
+            networks = {rate: dense_layers(model) for rate, model in models.items()}
+            found = quantize_relu(networks, form, lesson, goal - args.max_loss)
+        else:
+            neurons = {row["rate_percent"]: row["hidden_neurons"] for row in rows}
+            one_layer = [min(TABLES, full[0]), *[0] * (len(full) - 1)]
+            widest = revive(shrink(history[0][1], one_layer, data["train"][0]), rng)
+            found = quantize_tables(neurons, widest, form, lesson)
+    for row in rows:
+        if row["rate_percent"] in found:
+            every = found[row["rate_percent"]]
+            best = lowest_cost(every[every["chosen"]], goal - args.max_loss)
+            row |= {f"quantized_{name}": best[name] for name in ("bits", *QUANTIZED_ACCURACIES)}
+            row |= {name: best[name] for name in ("rounding_bits", "p_error", "pbs", "predicted_complexity")}
+            trials = every.loc[every["bits"] == best["bits"], "test_balanced_accuracy_encrypted"]
+            row |= {"quantized_test_trials_mean": trials.mean(), "quantized_test_trials_sd": trials.std(ddof=0)}
     quantized = {rate: list(one.loc[one["chosen"], "network"]) for rate, one in found.items()}
     table = pd.DataFrame(rows)
     table["file"] = save_best(models, quantized, table, rank(table, goal - args.max_loss), args.workdir)
@@ -332,7 +396,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "start": f"tf_pruned_model.h5, validation {before['val']:.4f}, test {before['test']:.4f}",
         "teacher": f"MLP_model_0.h5, validation {goal:.4f}",
         "rank": f"by cost among those at most {100 * args.max_loss:g} points below the teacher when quantized",
-        "predicted_complexity": "neurons times the complexity of one PBS at their rounding bits, at p_error 2^-13",
+        "activation": args.activation,
+        "predicted_complexity": "neurons times the complexity of one PBS at their rounding bits, output and p_error",
+        "*_encrypted": f"with the noise of p_error, mean of {NOISE_DRAWS} draws; of {TRIALS} trainings (trials) the "
+        "best on validation rows is kept; a difference within the trials' standard deviation is none",
         "fine_tune_epochs": args.fine_tune_epochs,
         "quantization_epochs": args.quantization_epochs,
         "min_width": args.min_width,
@@ -358,7 +425,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rounding_bits",
         "pbs",
     ]
-    shown += ["quantized_val_balanced_accuracy", "predicted_complexity"]
+    shown += ["quantized_val_balanced_accuracy_encrypted", "quantized_test_balanced_accuracy_encrypted"]
+    shown += ["quantized_test_trials_sd", "predicted_complexity"]
     printed = table[[name for name in shown if name in table]].assign(rank=table["file"].str.split("_").str[3])
     print(f"\n{printed.to_string(index=False, formatters={'predicted_complexity': '{:.2e}'.format})}\n")
     print(f"wrote {sum(map(bool, table['file']))} networks pruned_model_top_*.h5, dynamic_pruning_results.xlsx and")

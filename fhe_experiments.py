@@ -50,7 +50,7 @@ from fhe_mlp.arrays import (
 from fhe_mlp.cluster import Cluster, connect, scheduler_address
 from fhe_mlp.configuration import DEFAULT_PTQ, Configuration, Setting, identify, load_configuration, versions
 from fhe_mlp.deployment import check_new, export
-from fhe_mlp.networks import by_rank
+from fhe_mlp.networks import by_rank, public_map
 from fhe_mlp.quantized import BITS, TOLERATED_LOSS
 from fhe_mlp.report import Report
 from fhe_mlp.steps import read_steps
@@ -64,7 +64,7 @@ DEFAULT_PTQ_BITS = BITS  # of weights and activations, of default PTQ
 DEFAULT_PTQ_ROWS = 10  # of calibration, of default PTQ
 SIMULATED_ROWS = 500  # test rows for the simulated accuracy; simulation takes milliseconds a row
 ROUNDING_BITS = 6  # leading accumulator bits kept where Concrete ML quantizes; step 3's networks have their own
-P_ERROR = 2.0**-13  # chance that one bootstrap is off by one step; Concrete ML's default is 2^-40
+P_ERROR = 2.0**-13  # of them: chance that one bootstrap is off by one step; Concrete ML's default is 2^-40
 MAX_SECONDS = 60.0  # seconds a sample above which a configuration is not run
 SAME_COST = 0.01  # relative difference of complexity that nobody would notice
 EXAMPLE_BEATS = 5  # of the training part, exported
@@ -90,7 +90,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     option("--max-loss", type=cli.positive_float, default=TOLERATED_LOSS, help="of validation accuracy, for less cost")
     option("--post-training", action="store_true", help="leave step 3's quantized networks aside, quantize here")
     option("--rounding-bits", type=int, choices=range(2, 9), default=ROUNDING_BITS, help="of networks quantized here")
-    option("--p-error", type=float, default=P_ERROR, help="chance that one bootstrap fails by a step")
+    option("--p-error", type=float, default=P_ERROR, help="of these: chance that one bootstrap is off by a step")
     option("--reference", action="store_true", help="default PTQ: no rounding, p_error 2^-40, the sigmoid encrypted")
     option("--scheduler", type=scheduler_address, help="Dask's (tcp://HOST:8786), or local:N for N processes here")
     only = parser.add_mutually_exclusive_group().add_argument
@@ -166,7 +166,7 @@ class Experiment:
 
 def describe(args: argparse.Namespace) -> Experiment:
     """Arrays, setting and the seeded choice of rows."""
-    data = load_arrays(args.data_dir)
+    data = load_arrays(args.data_dir, public_map(args.workdir))
     beats, named = rows_of(args.data_dir, data)
     X, order = data["train"][0], stratified_order(beats["test"], args.seed)
     rows = np.random.default_rng(args.seed).choice(
@@ -363,14 +363,13 @@ def run_plan(
 # ---------------------------------------------------------------------------------------------------------- the results
 def described_settings(args: argparse.Namespace, experiment: Experiment, reference: Path) -> dict[str, Any]:
     """The settings sheet: machine, versions, options, and what the columns mean."""
-    p_error = experiment.setting.p_error
     return {
         **cli.machine_facts(),
-        "rounding_bits": "leading bits of each accumulator that the encrypted ReLU sees; complexity rises with them",
-        "p_error": p_error,
-        "p_error in words": f"one encrypted ReLU in {1 / p_error:,.0f} may fail by a step; an accumulator between two "
+        "rounding_bits": "leading bits of each accumulator that its table look-up sees; complexity rises with them",
+        "p_error": "chance that one encrypted table look-up is off by a step; an accumulator between two "
         "rounding steps may be taken for either, so that encrypted outputs are often some steps off; "
-        "accuracy_simulated has this noise, accuracy_clear_same_rows is without it on the same rows",
+        "accuracy_simulated and noisy_balanced_accuracy_* (of step 3's networks, all rows) have this noise, "
+        "accuracy_clear_same_rows and balanced_accuracy_* are without it",
         "security_bits": "Concrete's security level of keys and ciphertexts; p_error does not change it",
         "patients of the test set": experiment.patients,
         "encrypted and simulated rows": "drawn by class and record, half of them N, so harder than the test set",
@@ -401,15 +400,16 @@ def report_for(args: argparse.Namespace, experiment: Experiment, paths: Sequence
 
 # ----------------------------------------------------------------------------------------------------------- the export
 def best_for_export(found: Sequence[dict[str, Any]], max_loss: float) -> int:
-    """Number of the configuration to deploy; found: the facts of each, with complexity and validation accuracy.
+    """Number of the configuration to deploy; found: the facts of each, with q_bits, complexity, validation accuracy.
 
     Of those at most `max_loss` below the best, the lowest complexity; of those that cost the same but for SAME_COST,
-    the best accuracy.
+    the most bits, and then the best accuracy.
     """
-    accuracy = [facts["balanced_accuracy_validation"] for facts in found]
+    accuracy = [f.get("noisy_balanced_accuracy_validation", f["balanced_accuracy_validation"]) for f in found]
     good = [number for number, one in enumerate(accuracy) if one >= max(accuracy) - max_loss]
     most = min(found[number]["complexity"] for number in good) * (1 + SAME_COST)
-    return max((number for number in good if found[number]["complexity"] <= most), key=accuracy.__getitem__)
+    same = [number for number in good if found[number]["complexity"] <= most]
+    return max(same, key=lambda number: (found[number]["q_bits"], accuracy[number]))
 
 
 def export_best(args: argparse.Namespace, experiment: Experiment, paths: Sequence[Path]) -> None:
@@ -428,21 +428,23 @@ def export_best(args: argparse.Namespace, experiment: Experiment, paths: Sequenc
             print(f"{configuration.label}: {facts['reason']}")
             continue
         facts |= circuit.accuracies(module, configuration, experiment.data, np.array([], dtype=int))
+        facts["q_bits"] = bits
         found.append((facts, module, configuration))
     if not found:
         raise cli.InputError("none of the configurations can be compiled; see --models and --bits")
     facts, module, configuration = found[best_for_export([facts for facts, _, _ in found], args.max_loss)]
-    X = experiment.data["train"][0]
+    X = load_arrays(args.data_dir)["train"][0]
     model = {
         "name": configuration.label,
         "output": "logit" if configuration.setting.threshold == 0 else "probability",
         "threshold": configuration.setting.threshold,
-        "p_error": configuration.setting.p_error,
+        "p_error": configuration.p_error,
         "security_bits": facts["security_bits"],
         "complexity": facts["complexity"],
         "pbs": facts["pbs"],
-        "test_balanced_accuracy": facts["balanced_accuracy_test_set"],
+        "test_balanced_accuracy": facts.get("noisy_balanced_accuracy_test_set", facts["balanced_accuracy_test_set"]),
         "test_rows": facts["test_set_rows"],
+        "expand": public_map(args.workdir),
         "leads": expected_leads(args.data_dir),
         "features": feature_table(args.data_dir, X.shape[1]),
         "scaler": load_scaler(args.data_dir),

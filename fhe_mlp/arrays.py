@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from fhe_mlp.cli import InputError, first_line, sha256
+from fhe_mlp.expansion import MOST_COLUMNS, NONE, columns, expand_scaled
 
 SPLITS = ("train", "val", "test")
 BEATS = "beats.csv"  # which beat each row of the arrays is, in their order; only beside dataset.json
@@ -99,11 +100,12 @@ def read_array(path: Path, remedy: str) -> np.ndarray:
     return array
 
 
-def load_arrays(data_dir: Path) -> Arrays:
+def load_arrays(data_dir: Path, expand: str = NONE) -> Arrays:
     """{"train", "val", "test": (X (n, features) float32, y (n,) int64 of 0 and 1)}, checked.
 
     With dataset.json the arrays are already scaled and must have its checksums. Arrays made elsewhere come without it:
     they are standardised and clipped here with the statistics of their training part.
+    expand: the public map (expansion.expansion) whose columns take the features' place.
     Rows of the training part that are in the test part too make its figures too good: they are counted on stderr.
     Raises InputError for a missing, truncated, wrong-shaped, NaN-holding or foreign file.
     """
@@ -137,7 +139,9 @@ def load_arrays(data_dir: Path) -> Arrays:
     repeated = sum(hash(row.tobytes()) in seen for row in arrays["test"][0])
     if repeated:
         print(f"{data_dir}: {repeated} of {len(arrays['test'][0])} test rows are training rows too", file=sys.stderr)
-    return arrays
+    if columns(arrays["train"][0].shape[1], expand) > MOST_COLUMNS:
+        raise InputError(f"{data_dir}: --expand {expand} gives more than {MOST_COLUMNS} columns")
+    return {split: (expand_scaled(X, expand, CLIP_SD), y) for split, (X, y) in arrays.items()}
 
 
 def load_scaler(data_dir: Path) -> dict[str, Any]:

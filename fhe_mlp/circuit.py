@@ -18,7 +18,7 @@ from fhe_mlp import ec57
 from fhe_mlp.arrays import Arrays
 from fhe_mlp.cli import first_line, machine_facts
 from fhe_mlp.configuration import REMEDY, Configuration, Setting
-from fhe_mlp.quantized import from_onnx
+from fhe_mlp.graphs import from_onnx
 
 if TYPE_CHECKING:
     from concrete.ml.quantization import QuantizedModule
@@ -88,7 +88,7 @@ def compile_circuit(configuration: Configuration) -> QuantizedModule:
     module = quantize(configuration)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module.compile(configuration.calibration, p_error=configuration.setting.p_error)
+        module.compile(configuration.calibration, p_error=configuration.p_error)
     return module
 
 
@@ -105,7 +105,8 @@ def cost(configuration: Configuration) -> tuple[dict[str, Any], QuantizedModule 
         "rounding_bits": configuration.rounding_bits,
         "compile_time": time.perf_counter() - started,
         "pbs": pbs,
-        "p_any_pbs_off": 1 - (1 - configuration.setting.p_error) ** pbs,
+        "p_error": configuration.p_error,
+        "p_any_pbs_off": 1 - (1 - configuration.p_error) ** pbs,
         "complexity": circuit.complexity,
         "widest_integer_bits": circuit.graph.maximum_integer_bit_width(),
         "evaluation_keys_MB": key_bytes(circuit) / 1e6,
@@ -140,11 +141,21 @@ def key_bytes(circuit: Any) -> int:
 def outputs(module: QuantizedModule, X: np.ndarray, mode: str) -> np.ndarray:
     """Outputs (n,) for rows X (n, features): mode "disable" is cleartext, "simulate" has the noise of p_error."""
     if mode == "disable" or module.fhe_circuit.packing_key_switch_count:  # wide tables, simulated by Concrete ML only
-        return module.forward(X.astype(np.float64), fhe=mode)[:, 0]
+        return total(module.forward(X.astype(np.float64), fhe=mode))
     # Concrete ML would ask for the circuit's statistics before every row, which takes longer than the row.
     quantized = module.quantize_input(X.astype(np.float64))
     simulated = [module.fhe_circuit.simulate(row[None]) for row in quantized]
-    return module.dequantize_output(np.concatenate(simulated))[:, 0]
+    return total(module.dequantize_output(*map(np.concatenate, zip(*map(parts_of, simulated)))))
+
+
+def parts_of(value: Any) -> tuple[Any, ...]:
+    """What Concrete returns for a circuit, as a tuple also where it has one output."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def total(outputs: np.ndarray | tuple[np.ndarray, ...]) -> np.ndarray:
+    """The output (n,): the sum of the one or two outputs (n, 1) of a circuit."""
+    return sum(part[:, 0] for part in parts_of(outputs))
 
 
 def accuracies(
@@ -164,15 +175,18 @@ def accuracies(
 
     (X_val, y_val), (X, y) = data["val"], data["test"]
     threshold = configuration.setting.threshold
-    decisions = outputs(module, X, "disable") > threshold
+    decisions, noisy = outputs(module, X, "disable") > threshold, {}
     if configuration.trained:
         network = from_onnx(onnx.load_from_string(configuration.graph))
         if not np.array_equal(decisions, network.run(X)[0] > 0):
             raise ValueError(f"the circuit does not decide as the network of step 3 does; {REMEDY}")
+        for part, rows in (("validation", (X_val, y_val)), ("test_set", (X, y))):
+            noisy[f"noisy_balanced_accuracy_{part}"] = network.noisy_balanced_accuracy(*rows)
     facts = {
         "balanced_accuracy_validation": ec57.balanced_accuracy(outputs(module, X_val, "disable") > threshold, y_val),
         **{f"{name}_test_set": value for name, value in ec57.columns(ec57.figures(y, decisions, beats)).items()},
         "test_set_rows": len(y),
+        **noisy,
     }
     if len(simulated):
         encrypted = outputs(module, X[simulated], "simulate") > threshold
@@ -199,14 +213,15 @@ def run_encrypted(module: QuantizedModule, row: np.ndarray) -> dict[str, float]:
     sent = time.perf_counter()
     result = circuit.run(encrypted)
     received = time.perf_counter()
-    output = module.dequantize_output(circuit.decrypt(result))
+    parts = parts_of(result)
+    output = total(module.dequantize_output(*parts_of(circuit.decrypt(*parts))))
     return {
-        "output_fhe": float(output.ravel()[0]),
+        "output_fhe": float(output[0]),
         "encrypt_seconds": sent - started,
         "run_seconds": received - sent,
         "decrypt_seconds": time.perf_counter() - received,
         "input_bytes": len(encrypted.serialize()),
-        "output_bytes": len(result.serialize()),
+        "output_bytes": sum(len(part.serialize()) for part in parts),
     }
 
 
@@ -333,7 +348,8 @@ def measure_speed(setting: Setting, seed: int) -> Speed:
     rows = rng.normal(size=(100, MEASURED_FEATURES)).astype(np.float32)
     bits = setting.rounding_bits and min(setting.rounding_bits, MEASURED_ROUNDING_BITS)
     setting = replace(setting, rounding_bits=bits)
-    layer = Configuration("layer", 4 if bits else 2, model.SerializeToString(), bits, False, setting, rows, {})
+    graph, p_error = model.SerializeToString(), setting.p_error
+    layer = Configuration("layer", 4 if bits else 2, graph, bits, p_error, False, setting, rows, {})
     module = compile_circuit(layer)
     circuit = module.fhe_circuit
     outputs(module, rows[:1], "simulate")  # the first one compiles the simulation

@@ -12,12 +12,13 @@ import numpy as np
 
 from fhe_mlp.arrays import Arrays
 from fhe_mlp.cli import InputError, digest, first_line
-from fhe_mlp.quantized import QuantizedNetwork, from_onnx, quant_function
+from fhe_mlp.graphs import from_onnx, quant_function
+from fhe_mlp.quantized import QuantizedNetwork
 
 if TYPE_CHECKING:
     import onnx
 
-RESULT_VERSION = 2  # raised by hand when the program gives other results, which makes all of them be computed anew
+RESULT_VERSION = 3  # raised by hand when the program gives other results, which makes all of them be computed anew
 REMEDY = "make it with: python h5_onnx_converter.py"
 
 
@@ -25,8 +26,8 @@ REMEDY = "make it with: python h5_onnx_converter.py"
 class Setting:
     """How a network is compiled; default PTQ has no rounding and evaluates the sigmoid under FHE."""
 
-    rounding_bits: int | None  # of networks that Concrete ML quantizes
-    p_error: float
+    rounding_bits: int | None  # of networks that Concrete ML quantizes; those of step 3 have their own,
+    p_error: float  # and so they have of this
     threshold: float  # output above which a beat is abnormal: 0 for a logit, 0.5 for a probability
     trained: bool = True  # take step 3's quantized networks where there are any
 
@@ -42,6 +43,7 @@ class Configuration:
     bits: int
     graph: bytes  # ONNX, as it is compiled
     rounding_bits: int | None
+    p_error: float
     trained: bool  # by step 3, as integers; else Concrete ML quantizes
     setting: Setting
     calibration: np.ndarray  # training rows (n, features)
@@ -128,24 +130,33 @@ def load_quantized(path: Path, features: int) -> tuple[onnx.ModelProto, Quantize
         raise InputError(f"{path}: is not a valid quantized network ({first_line(error)}); {REMEDY}") from None
 
 
-def calibration_rows(network: QuantizedNetwork, X: np.ndarray, rows: int) -> np.ndarray:
-    """`rows` or more of the training rows X (n, features), among them those of each accumulator's minimum and maximum.
+def calibration_rows(network: QuantizedNetwork, X: np.ndarray) -> np.ndarray:
+    """Of the training rows X (n, features), those of each integer's minimum and maximum.
 
-    So the circuit has room for all that training data can cause, and Concrete ML finds the widths that step 3 found.
+    So the circuit has room for all that training data can cause, and Concrete ML finds the widths that step 3 found. It
+    evaluates the graph row by row, so that more rows would take much longer and show no more.
     """
-    accumulators = [*network.run(X)[1], *network.run(X, rounding=False)[1]]
-    ends = np.concatenate([np.concatenate([a.argmin(axis=0), a.argmax(axis=0)]) for a in accumulators])
-    return X[np.unique(np.concatenate([ends, np.arange(min(rows, len(X)))]))]
+    sums = network.run(X)[1]
+    outputs = [layer.outputs(s / network.rounding_unit(layer)) for layer, s in zip(network.hidden, sums)]
+    found = [[X.argmin() // X.shape[1], X.argmax() // X.shape[1]]]
+    found += [end for values in (*sums, *outputs) for end in (values.argmin(axis=0), values.argmax(axis=0))]
+    return X[np.unique(np.concatenate(found))]
 
 
-def without_sigmoid(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Copy of a network that ends in the logit: one table look-up less to encrypt, the same decisions."""
+def encrypted_part(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy of a network without what the client does after decryption, which costs nothing there: the sigmoid, and the
+    sum where the logit is that of two parts, which then are two outputs."""
     import onnx
+    from onnx import helper
 
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    sigmoid = copy.graph.node.pop()
-    copy.graph.output[0].name = sigmoid.input[0]
+    logit = copy.graph.node.pop().input
+    constants = {value.name for value in copy.graph.initializer}
+    if copy.graph.node[-1].op_type == "Add" and not constants & set(copy.graph.node[-1].input):
+        logit = copy.graph.node.pop().input
+    del copy.graph.output[:]
+    copy.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None, 1]) for name in logit)
     return copy
 
 
@@ -165,7 +176,7 @@ def identify(path: Path, bits: int, setting: Setting, basis: dict[str, Any]) -> 
         if setting == DEFAULT_PTQ
         else "post-training",
         "asked_rounding_bits": None if trained else setting.rounding_bits,
-        "p_error": setting.p_error,
+        "asked_p_error": None if trained else setting.p_error,
         "network_sha256": digest(source.read_bytes()),
         **basis,
     }
@@ -179,14 +190,15 @@ def load_configuration(
 
     calibration: training rows (n, features). Raises InputError for a bad file.
     """
-    features, trained, rounding_bits = calibration.shape[1], quantized_path(path, bits), setting.rounding_bits
+    features, trained = calibration.shape[1], quantized_path(path, bits)
+    rounding_bits, p_error = setting.rounding_bits, setting.p_error
     aware = setting.trained and trained.exists()
     if aware:
         model, network = load_quantized(trained, features)
-        rounding_bits = network.rounding_bits
-        calibration = calibration_rows(network, data["train"][0], len(calibration))
+        rounding_bits, p_error = network.rounding_bits, network.p_error
+        calibration = calibration_rows(network, data["train"][0])
     else:
         model = load_network(path, features)
-    graph = (model if setting == DEFAULT_PTQ else without_sigmoid(model)).SerializeToString()
+    graph = (model if setting == DEFAULT_PTQ else encrypted_part(model)).SerializeToString()
     identity = identify(path, bits, setting, basis)
-    return Configuration(path.stem, bits, graph, rounding_bits, aware, setting, calibration, identity)
+    return Configuration(path.stem, bits, graph, rounding_bits, p_error, aware, setting, calibration, identity)

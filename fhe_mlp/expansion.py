@@ -14,17 +14,17 @@ import numpy as np
 
 NONE, PRODUCTS, FOURIER = "none", "products", "fourier:"
 SEED = 0  # of the Fourier map; public, since client and server have to use the same map
-MOST_WAVES = 65_536  # of a Fourier map; with 32 features its frequencies take 17 MB
+MOST_COLUMNS = 4096  # of a map: the inputs that a network can have
 
 
 def expansion(text: str) -> str:
-    """argparse type: "none", "products" or "fourier:N" for N from 1 to MOST_WAVES."""
+    """argparse type: "none", "products" or "fourier:N" for N from 1 to MOST_COLUMNS."""
     waves = text.removeprefix(FOURIER)
     if text in (NONE, PRODUCTS):
         return text
-    if text.startswith(FOURIER) and waves.isascii() and waves.isdecimal() and 0 < int(waves) <= MOST_WAVES:
+    if text.startswith(FOURIER) and waves.isascii() and waves.isdecimal() and 0 < int(waves) <= MOST_COLUMNS:
         return f"{FOURIER}{int(waves)}"
-    raise argparse.ArgumentTypeError(f"{text!r} is not none, products or fourier:N with N from 1 to {MOST_WAVES}")
+    raise argparse.ArgumentTypeError(f"{text!r} is not none, products or fourier:N with N from 1 to {MOST_COLUMNS}")
 
 
 def products(X: np.ndarray) -> np.ndarray:
@@ -51,6 +51,24 @@ def fourier(X: np.ndarray, waves: int) -> np.ndarray:
     """
     W, b = frequencies(X.shape[1], waves)
     return np.cos(X @ W + b).astype(np.float32)
+
+
+def columns(features: int, spec: str) -> int:
+    """Columns of the map that `spec` (of `expansion`) names, of `features` columns."""
+    if spec == PRODUCTS:
+        return features + features * (features + 1) // 2
+    return features if spec == NONE else int(spec.removeprefix(FOURIER))
+
+
+def expand_scaled(X: np.ndarray, spec: str, most: float) -> np.ndarray:
+    """The same of rows X (n, d) that lie within -most and most, and scaled so that the result does too.
+
+    So the networks' inputs have one known range, which depends on no data.
+    """
+    expanded = expand(X, spec)
+    if spec == PRODUCTS:
+        expanded[:, X.shape[1] :] /= np.float32(most)
+    return expanded * np.float32(most) if spec.startswith(FOURIER) else expanded
 
 
 def expand(X: np.ndarray, spec: str) -> np.ndarray:

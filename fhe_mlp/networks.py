@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -20,6 +21,7 @@ import numpy as np
 
 from fhe_mlp import ec57
 from fhe_mlp.cli import InputError, first_line, whole_file
+from fhe_mlp.expansion import NONE, expansion
 
 if TYPE_CHECKING:
     import h5py
@@ -226,6 +228,18 @@ def logit_shift(workdir: Path) -> float:
         return float(-np.log(threshold / (1 - threshold))) + 0.0
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         raise InputError(f"{path}: is missing or damaged; make it with: python MLP_model_0.py") from None
+
+
+def public_map(workdir: Path) -> str:
+    """The map of the features that step 1 trained on, from MLP_model_0_metrics.json; none without the file.
+
+    Raises InputError for a damaged one.
+    """
+    path = workdir / "MLP_model_0_metrics.json"
+    try:
+        return expansion(json.loads(path.read_text()).get("expand", NONE)) if path.exists() else NONE
+    except (OSError, ValueError, AttributeError, TypeError, argparse.ArgumentTypeError):
+        raise InputError(f"{path}: is damaged; make it with: python MLP_model_0.py") from None
 
 
 def shift_logit(model: tf_keras.Sequential, by: float) -> None:

@@ -78,7 +78,7 @@ def share_neurons(neurons: int, full: Sequence[int], min_width: int) -> list[int
     left = list(range(len(full)))
     while True:
         total = sum(full[i] for i in left)
-        widths = [min(full[i], max(1, round(neurons * full[i] / total))) if i in left else 0 for i in range(len(full))]
+        widths = [min(full[i], round(neurons * full[i] / total)) if i in left else 0 for i in range(len(full))]
         narrowest = min(reversed(left), key=lambda i: widths[i])
         if widths[narrowest] >= min_width or len(left) == 1:
             return widths

@@ -4,94 +4,115 @@ Step 3 trains them, step 4 writes them as ONNX, step 5 encrypts them; all three 
 
 A hidden layer computes, on the integers x of the layer before it,
 
-    accumulator = x @ weights + bias                               integers; additions only, at hardly any cost
-    rounded     = the accumulator's leading `rounding_bits` bits   what the programmable bootstrap (PBS) looks at
-    output      = ReLU(rounded * input step * scale + offset) / output step, rounded and clipped to `output_bits` bits
+    accumulator = x @ weights + bias           integers; additions only, at hardly any cost
+    rounded     = the accumulator's leading `rounding_bits` bits, as an index k
+    output      = table[k]                     the programmable bootstrap (PBS), whose cost follows rounding_bits
 
-and everything after the accumulator is one table look-up, the PBS, whose cost follows rounding_bits. So scale and
-offset may differ by neuron at no cost: every neuron can fill the power-of-two range of which the leading bits are kept.
-The last layer has no PBS; its accumulator times input step and scale, plus offset, is the logit.
+Each neuron has its own table, at no cost: a quantized ReLU with the neuron's own scale and offset, or a function that
+was trained. After the last hidden layer the logit is a sum without PBS, and so is the linear path beside it:
+
+    logit = outputs @ weights * step * scale  +  features @ linear * input step * linear_scale  +  offset
+
+The circuit returns the two sums apart, and whoever decrypts them adds them: together they would need a wider type,
+which makes every PBS more expensive.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import NormalDist
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from fhe_mlp import ec57
 from fhe_mlp.cli import InputError, first_line
 from fhe_mlp.networks import claimed_bytes, open_h5
 
-if TYPE_CHECKING:
-    import onnx
-
 BITS = (2, 3, 4, 5, 6, 7)  # of weights and activations, as published
 TOLERATED_LOSS = 0.01  # of validation accuracy: networks at most so much below the best are ranked by their cost
-# Complexity of one PBS by rounding bits, measured at p_error 2^-13
-COMPLEXITY_OF_PBS = {2: 7.0e7, 3: 8.0e7, 4: 1.03e8, 5: 1.43e8, 6: 3.34e8, 7: 7.71e8}
+ROUNDING_BITS = range(2, 9)  # that a network can have
+NOISE_DRAWS = 5  # of the noise of p_error, over which an accuracy is averaged
 MOST_ACCUMULATOR_BITS = 32  # what an int32 holds; more in a file are a damaged number
-DOMAIN = "onnx.brevitas"  # of the Quant node that Concrete ML imports
+MOST_TABLE_BITS = 16  # of a table's entries; more in a file are a damaged number
+COSTS = Path(__file__).with_name("pbs_complexity.csv")  # written by: python tests/measure_complexity.py
 
 
 @dataclass(frozen=True)
-class QuantizedLayer:
-    """weights (inputs, neurons) and bias (neurons,) int32; scale and offset (neurons,) float32; see the module's text.
-
-    Of the last layer, bias is 0, scale is the same for all neurons, and output_bits and output_step are 0.
-    """
+class HiddenLayer:
+    """weights (inputs, neurons), bias (neurons,), table (2**rounding_bits, neurons), int32; see the module's text."""
 
     weights: np.ndarray
     bias: np.ndarray
-    scale: np.ndarray
-    offset: np.ndarray
-    weight_bits: int
-    output_bits: int
-    output_step: float
-    accumulator_bits: int  # of the signed accumulator over all training rows when nothing is rounded
+    table: np.ndarray  # outputs for the rounded accumulators from -2**(rounding_bits - 1) units on
+    step: float  # what 1 in the table stands for
+    accumulator_bits: int  # of the signed accumulator over all training rows
+
+    def outputs(self, units: np.ndarray) -> np.ndarray:
+        """What the tables give for accumulators (n, neurons) in rounding units; flat outside of their range."""
+        ends = len(self.table) // 2
+        index = np.clip(np.floor(units + 0.5).astype(int), -ends, ends - 1) + ends
+        return np.take_along_axis(self.table, index, axis=0)
+
+
+@dataclass(frozen=True)
+class LastLayer:
+    """weights (inputs,) and linear (features,) int32, float scales, offset of the logit; see the module's text."""
+
+    weights: np.ndarray
+    scale: float
+    linear: np.ndarray
+    linear_scale: float
+    offset: float
 
 
 @dataclass(frozen=True)
 class QuantizedNetwork:
-    """`bits` names the configuration: no weight and no activation is wider."""
+    """`bits` names the configuration: no weight is wider, and no activation of a ReLU."""
 
     bits: int
     rounding_bits: int
+    p_error: float  # chance that a PBS is off by a step, as in training
     input_bits: int
     input_step: float
-    layers: tuple[QuantizedLayer, ...]
+    hidden: tuple[HiddenLayer, ...]
+    last: LastLayer
 
     @property
     def features(self) -> int:
         """Columns of its input."""
-        return len(self.layers[0].weights)
+        return len(self.last.linear)
 
-    def run(self, X: np.ndarray, rounding: bool = True) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Logits (n,) of rows X (n, features) float32, and the accumulators (n, neurons) of each hidden layer.
+    def run(self, X: np.ndarray, rng: np.random.Generator | None = None) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Logits (n,) of rows X (n, features) float32, and all integer sums: the accumulators (n, neurons) of each
+        hidden layer, then what the last one's outputs give (n, 1), then the linear path (n, 1), where there is one.
 
-        Without rounding all accumulator bits are kept, as ONNX Runtime does and Concrete ML when it finds their number.
+        rng: draws the noise that encryption adds to accumulators; without it there is none.
         """
         top = 2 ** (self.input_bits - 1) - 1
-        x = np.clip(np.rint(X.astype(np.float64) / self.input_step), -top, top)
-        step, accumulators = self.input_step, []
-        for layer in self.layers:
-            accumulator = x @ layer.weights + layer.bias
-            if layer is self.layers[-1]:
-                return (accumulator * step * layer.scale.astype(np.float64) + layer.offset)[:, 0], accumulators
-            accumulators.append(accumulator)
-            unit = self.rounding_unit(layer) if rounding else 1
-            rounded = np.floor(accumulator / unit + 0.5) * unit
-            real = rounded * step * layer.scale.astype(np.float64) + layer.offset
-            x = np.clip(np.rint(np.maximum(real, 0) / layer.output_step), 0, 2**layer.output_bits - 1)
-            step = layer.output_step
-        raise ValueError("a network has at least one layer")
+        features = x = np.clip(np.rint(X.astype(np.float64) / self.input_step), -top, top)
+        logit, sums = np.full(len(X), self.last.offset), []
+        for layer in self.hidden:
+            sums.append(x @ layer.weights + layer.bias)
+            units = sums[-1] / self.rounding_unit(layer)
+            if rng is not None:
+                units = units + rng.normal(0, noise_steps(self.p_error), units.shape)
+            x = layer.outputs(units).astype(np.float64)
+        if self.hidden:
+            sums.append(x @ self.last.weights[:, None])
+            logit += sums[-1][:, 0] * (self.hidden[-1].step * self.last.scale)
+        if self.last.linear.any():
+            sums.append(features @ self.last.linear[:, None])
+            logit += sums[-1][:, 0] * (self.input_step * self.last.linear_scale)
+        return logit, sums
 
-    def rounding_unit(self, layer: QuantizedLayer) -> int:
+    def rounding_unit(self, layer: HiddenLayer) -> int:
         """What accumulators of a hidden layer are rounded to multiples of."""
         return 2 ** max(0, layer.accumulator_bits - self.rounding_bits)
 
@@ -99,22 +120,47 @@ class QuantizedNetwork:
         """Balanced accuracy on the rows X (n, features) with labels y (n,); a logit over 0 is an abnormal beat."""
         return ec57.balanced_accuracy(self.run(X)[0] > 0, y)
 
+    def noisy_balanced_accuracy(self, X: np.ndarray, y: np.ndarray) -> float:
+        """The same with the noise of encryption, the mean of NOISE_DRAWS draws, which are the same at every call."""
+        rng = np.random.default_rng(0)
+        return float(np.mean([ec57.balanced_accuracy(self.run(X, rng)[0] > 0, y) for _ in range(NOISE_DRAWS)]))
+
     def pbs(self) -> int:
         """Programmable bootstraps of one beat: one a hidden neuron."""
-        return sum(layer.weights.shape[1] for layer in self.layers[:-1])
+        return sum(layer.weights.shape[1] for layer in self.hidden)
 
     def predicted_complexity(self, X: np.ndarray) -> float:
-        """Complexity estimated without compiling: the sum over neurons of one PBS of their bits; X: training rows.
+        """Complexity estimated without compiling, from what one PBS of its widths costs; X: training rows."""
+        sums = self.run(X)[1]
+        return sum(
+            len(layer.bias) * pbs_complexity(self.p_error, self.rounding_bits, signed_bits(into))
+            for layer, into in zip(self.hidden, sums[1:])
+        )
 
-        A layer whose accumulators get wider when what comes before is rounded needs so many bits more.
-        """
-        complexity = 0.0
-        for layer, accumulator in zip(self.layers, self.run(X)[1]):
-            wider = max(0, signed_bits(accumulator) - layer.accumulator_bits)
-            complexity += (
-                accumulator.shape[1] * COMPLEXITY_OF_PBS[min(self.rounding_bits + wider, max(COMPLEXITY_OF_PBS))]
-            )
-        return complexity
+
+@functools.cache
+def measured_complexities() -> dict[float, dict[int, dict[int, float]]]:
+    """Complexity of one PBS by p_error, rounding bits and bits of its output, as COSTS has it."""
+    measured: dict[float, dict[int, dict[int, float]]] = {}
+    for row in pd.read_csv(COSTS, comment="#").itertuples():
+        measured.setdefault(row.p_error, {}).setdefault(row.rounding_bits, {})[row.output_bits] = row.complexity
+    return measured
+
+
+def pbs_complexity(p_error: float, rounding_bits: int, output_bits: int) -> float:
+    """Complexity of one PBS, from the nearest widths that were measured and the nearest p_error that is no larger."""
+    measured = measured_complexities()
+    widths = measured[max((p for p in measured if p <= p_error), default=min(measured))]
+    outputs = widths[min(widths, key=lambda bits: abs(bits - rounding_bits))]
+    return outputs[min(outputs, key=lambda bits: abs(bits - output_bits))]
+
+
+def noise_steps(p_error: float) -> float:
+    """Standard deviation, in rounding steps, of Gaussian noise that leaves half a step with probability p_error.
+
+    So Concrete simulates it down to a p_error of 2^-2.
+    """
+    return 0.5 / NormalDist().inv_cdf(1 - p_error / 2)
 
 
 def signed_bits(values: np.ndarray) -> int:
@@ -130,11 +176,11 @@ def add_to_h5(content: bytes, networks: Sequence[QuantizedNetwork]) -> bytes:
     with h5py.File(buffer, "r+") as file:
         for network in networks:
             group = file.create_group(f"quantized/{network.bits}")
-            for field in fields(network)[:-1]:
+            for field in fields(network)[:-2]:
                 group.attrs[field.name] = getattr(network, field.name)
-            for number, layer in enumerate(network.layers):
+            for name, layer in (*enumerate(network.hidden), ("last", network.last)):
                 for field in fields(layer):
-                    group[f"{number}/{field.name}"] = getattr(layer, field.name)
+                    group[f"{name}/{field.name}"] = getattr(layer, field.name)
     return buffer.getvalue()
 
 
@@ -148,15 +194,15 @@ def read_h5(path: Path, made_by: str) -> list[QuantizedNetwork]:
         with open_h5(path) as file:
             for group in file.get("quantized", {}).values():
                 layers = []
-                for number in sorted(group, key=int):
-                    stored = {field.name: group[number][field.name] for field in fields(QuantizedLayer)}
+                for name in (*sorted(set(group) - {"last"}, key=int), "last"):
+                    kind = LastLayer if name == "last" else HiddenLayer
+                    stored = {field.name: group[name][field.name] for field in fields(kind)}
                     claimed += sum(claimed_bytes(dataset, path) for dataset in stored.values())
                     if claimed > path.stat().st_size:  # also where many names stand for the same values
                         raise ValueError("its arrays claim to be larger than the file")
-                    values = {name: dataset[()] for name, dataset in stored.items()}
-                    layers.append(QuantizedLayer(**converted(QuantizedLayer, values)))
-                network = QuantizedNetwork(**converted(QuantizedNetwork, group.attrs), layers=tuple(layers))
-                networks.append(check(network))
+                    layers.append(kind(**converted(kind, {key: dataset[()] for key, dataset in stored.items()})))
+                numbers = converted(QuantizedNetwork, group.attrs)
+                networks.append(check(QuantizedNetwork(**numbers, hidden=tuple(layers[:-1]), last=layers[-1])))
     except Exception as error:  # HDF5 and NumPy raise a dozen unrelated types
         raise InputError(
             f"{path}: its quantized networks are damaged ({first_line(error)}); make it with: {made_by}"
@@ -172,156 +218,29 @@ def converted(owner: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def check(network: QuantizedNetwork) -> QuantizedNetwork:
     """The network itself. Raises ValueError when its parts do not fit together or hold what no training gives."""
-    if len(network.layers) < 2 or network.layers[0].weights.ndim != 2:
-        raise ValueError("has no hidden layer")
-    widths = [network.features, *(layer.weights.shape[1] for layer in network.layers)]
-    if widths[-1] != 1 or network.bits not in BITS or network.rounding_bits not in COMPLEXITY_OF_PBS:
-        raise ValueError("is not a quantized network with one logit")
+    last, top = network.last, 2 ** (network.bits - 1) - 1
+    if network.bits not in BITS or network.rounding_bits not in ROUNDING_BITS or not 2.0**-60 <= network.p_error < 1:
+        raise ValueError("bits or a p_error that no network has")
     if network.input_bits not in BITS or not 0 < network.input_step < np.inf:
         raise ValueError("an input of no known width or step")
-    for index, layer in enumerate(network.layers):
-        vectors = (layer.bias, layer.scale, layer.offset)
-        if layer.weights.shape != (widths[index], widths[index + 1]) or {v.shape for v in vectors} != {
-            (widths[index + 1],)
-        }:
+    numbers = [last.scale, last.linear_scale, last.offset, *(layer.step for layer in network.hidden)]
+    if not np.isfinite(numbers).all() or min(numbers[:2] + numbers[3:]) <= 0:
+        raise ValueError("values that are not finite, or a step that is not positive")
+    inputs = network.features
+    for index, layer in enumerate(network.hidden):
+        shapes = [values.shape for values in (layer.weights, layer.bias, layer.table)]
+        neurons = shapes[1][0] if shapes[1] else 0
+        if not neurons or shapes != [(inputs, neurons), (neurons,), (2**network.rounding_bits, neurons)]:
             raise ValueError(f"layer {index}: shapes that do not fit")
-        if [v.dtype for v in (layer.weights, *vectors)] != [np.int32, np.int32, np.float32, np.float32]:
-            raise ValueError(f"layer {index}: numbers of other types")
-        hidden = index < len(network.layers) - 1
-        if not all(np.isfinite(v).all() for v in vectors) or (hidden and not 0 < layer.output_step < np.inf):
-            raise ValueError(f"layer {index}: values that are not finite, or a step that is not positive")
-        if hidden and not (layer.output_bits in BITS and 0 < layer.accumulator_bits <= MOST_ACCUMULATOR_BITS):
-            raise ValueError(f"layer {index}: activations or accumulators of no known width")
-        top = 2 ** (layer.weight_bits - 1) - 1 if layer.weight_bits in BITS else 0
-        if not top or layer.weights.max() > top or layer.weights.min() < -top:
-            raise ValueError(f"layer {index}: weights of more than {layer.weight_bits} bits")
+        if not 0 < layer.accumulator_bits <= MOST_ACCUMULATOR_BITS or signed_bits(layer.table) > MOST_TABLE_BITS:
+            raise ValueError(f"layer {index}: accumulators or outputs of no known width")
+        inputs = neurons
+    if last.linear.ndim != 1 or last.weights.shape != ((inputs,) if network.hidden else (0,)):
+        raise ValueError("last layer: shapes that do not fit")
+    arrays = [values for layer in network.hidden for values in (layer.weights, layer.bias, layer.table)]
+    if any(values.dtype != np.int32 for values in (*arrays, last.weights, last.linear)):
+        raise ValueError("numbers of other types")
+    for weights in (*(layer.weights for layer in network.hidden), last.weights, last.linear):
+        if weights.size and not -top <= weights.min() <= weights.max() <= top:
+            raise ValueError(f"weights of more than {network.bits} bits")
     return network
-
-
-def quant_function() -> onnx.FunctionProto:
-    """Concrete ML's Quant node in standard operators (zero point 0), so that ONNX Runtime can run the graph as well."""
-    from onnx import parser
-
-    return parser.parse_function(
-        f"""
-        <domain: "{DOMAIN}", opset_import: ["" : 14]>
-        Quant <signed, narrow, rounding_mode> (x, scale, zero_point, bit_width) => (y)
-        {{
-            one = Constant <value_float = 1.0> ()
-            two = Constant <value_float = 2.0> ()
-            is_signed = Constant <value_int: int = @signed> ()
-            is_narrow = Constant <value_int: int = @narrow> ()
-            s = Cast <to = 1> (is_signed)
-            n = Cast <to = 1> (is_narrow)
-            exponent = Sub (bit_width, s)
-            size = Pow (two, exponent)
-            high = Sub (size, one)
-            room = Sub (size, n)
-            size_down = Mul (room, s)
-            low = Neg (size_down)
-            steps = Div (x, scale)
-            whole = Round (steps)
-            capped = Min (whole, high)
-            clipped = Max (capped, low)
-            y = Mul (clipped, scale)
-        }}
-        """
-    )
-
-
-def to_onnx(network: QuantizedNetwork, opset: int) -> onnx.ModelProto:
-    """The network as a graph of Quant, Gemm, Mul, Add, Relu and one Sigmoid, for compile_onnx_model(import_qat=True).
-
-    The hidden layers' bias is quantized with the accumulator's own step, so that it is added before the rounding; scale
-    and offset come after it. The rounding is no ONNX operator: `rounding_bits` stands in the graph's metadata.
-    """
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    nodes, values = [], []
-
-    def constant(name: str, value: Any) -> str:
-        values.append(numpy_helper.from_array(np.asarray(value, dtype=np.float32), name))
-        return name
-
-    def add(operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        nodes.append(helper.make_node(operator, inputs, [output], name=output, **attributes))
-        return output
-
-    def quant(name: str, step: float, bits: int, signed: bool, narrow: bool) -> str:
-        parameters = [constant(f"{name}.{kind}", v) for kind, v in (("step", step), ("zero", 0.0), ("bits", bits))]
-        attributes = {"domain": DOMAIN, "signed": int(signed), "narrow": int(narrow), "rounding_mode": "ROUND"}
-        return add("Quant", [name, *parameters], f"{name}.quantized", **attributes)
-
-    step = network.input_step
-    x = quant("features", step, network.input_bits, signed=True, narrow=True)
-    for index, layer in enumerate(network.layers):
-        name = f"layer_{index}"
-        hidden = index < len(network.layers) - 1
-        unit = np.float32(1) if hidden else layer.scale[0]  # the last layer has one scale, the others one a neuron
-        weights = constant(f"{name}.weights", layer.weights * unit)
-        inputs = [x, quant(weights, unit, layer.weight_bits, signed=True, narrow=True)]
-        if not hidden:
-            logit = add("Gemm", [*inputs, constant(f"{name}.offset", layer.offset)], "logit")
-            add("Sigmoid", [logit], "probability")
-            break
-        bias = constant(f"{name}.bias", layer.bias * np.float32(step))
-        bias_bits = signed_bits(layer.bias) + 1
-        real = add("Gemm", [*inputs, quant(bias, step, bias_bits, signed=True, narrow=False)], f"{name}.accumulator")
-        real = add("Mul", [real, constant(f"{name}.scale", layer.scale)], f"{name}.scaled")
-        real = add("Add", [real, constant(f"{name}.offset", layer.offset)], f"{name}.shifted")
-        x = quant(
-            add("Relu", [real], f"{name}.output"), layer.output_step, layer.output_bits, signed=False, narrow=False
-        )
-        step = layer.output_step
-    graph = helper.make_graph(
-        nodes,
-        "quantized_mlp",
-        [helper.make_tensor_value_info("features", TensorProto.FLOAT, [None, network.features])],
-        [helper.make_tensor_value_info("probability", TensorProto.FLOAT, [None, 1])],
-        values,
-    )
-    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
-    model = helper.make_model(graph, opset_imports=opsets, functions=[quant_function()], ir_version=8)
-    widths = " ".join(str(layer.accumulator_bits) for layer in network.layers[:-1])
-    helper.set_model_props(
-        model, {"bits": str(network.bits), "rounding_bits": str(network.rounding_bits), "accumulator_bits": widths}
-    )
-    onnx.checker.check_model(model, full_check=True)
-    return model
-
-
-@np.errstate(divide="raise", over="raise", invalid="raise")
-def from_onnx(model: onnx.ModelProto) -> QuantizedNetwork:
-    """The network that `to_onnx` wrote. Raises ValueError, KeyError, FloatingPointError or others for another graph."""
-    from onnx import numpy_helper
-
-    facts = {entry.key: entry.value for entry in model.metadata_props}
-    values = {value.name: numpy_helper.to_array(value) for value in model.graph.initializer}
-    widths = [*map(int, facts["accumulator_bits"].split()), 0]
-    step = input_step = float(values["features.step"])
-    layers = []
-    for index, width in enumerate(widths):
-        name = f"layer_{index}"
-        weights, offset = values[f"{name}.weights"], values[f"{name}.offset"]
-        unit = float(values[f"{name}.weights.step"])
-        bias = values.get(f"{name}.bias", 0 * offset) / step
-        scale = values.get(f"{name}.scale", np.full_like(offset, unit))
-        output_step = float(values.get(f"{name}.output.step", 0))
-        layers.append(
-            QuantizedLayer(
-                np.rint(weights / unit).astype(np.int32),
-                np.rint(bias).astype(np.int32),
-                scale,
-                offset,
-                int(values[f"{name}.weights.bits"]),
-                int(values.get(f"{name}.output.bits", 0)),
-                output_step,
-                width,
-            )
-        )
-        step = output_step
-    network = QuantizedNetwork(
-        int(facts["bits"]), int(facts["rounding_bits"]), int(values["features.bits"]), input_step, tuple(layers)
-    )
-    return check(network)

@@ -57,7 +57,14 @@ def steps_table(workdir: Path, summary: pd.DataFrame, patients: str) -> pd.DataF
         rows.append({"step": 5, "network": f"{network_name(row['model_name'])}, {row['q_bits']} bits", **figures})
     table = pd.DataFrame(rows, columns=None if rows else ["step", "network"]).drop_duplicates("network")
     table.insert(0, "patients", patients)
-    return table.sort_values(["step", "network"], kind="stable", ignore_index=True)
+    return in_order(table)
+
+
+def in_order(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows by step, share of neurons removed, and bits; table: columns step and network."""
+    removed = table["network"].astype(str).str.extract(r"^(\d+) %", expand=False).astype(float)
+    table = table.assign(removed=removed).sort_values(["step", "removed", "network"], ignore_index=True)
+    return table.drop(columns="removed")
 
 
 def read_steps(workdir: Path) -> pd.DataFrame:
@@ -82,26 +89,26 @@ def side_by_side(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
         return pd.DataFrame()
     order = [f"{name}, {table['patients'].iloc[0]}" for name in SIDE_BY_SIDE for table in tables]
     joined = joined[["step", "network", *(name for name in order if name in joined)]]
-    return joined.sort_values(["step", "network"], ignore_index=True)
+    return in_order(joined)
 
 
 def plot_steps(tables: Sequence[pd.DataFrame], path: Path) -> None:
-    """Balanced accuracy along the steps, float and quantized (of each network the best on validation rows)."""
+    """Balanced accuracy along the steps, float and quantized (of each network that of the most bits)."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(10, 5))
     for number, table in enumerate(tables):
         table = table.assign(float=table["network"].str.replace(", . bits", "", regex=True))
         series = {"float": table[table["step"] < 5]}
-        if "balanced_accuracy_validation" in table:
-            quantized = table[table["step"] == 5].sort_values("balanced_accuracy_validation").groupby("float").tail(1)
-            series["quantized"] = quantized.sort_values("float")
+        if (table["step"] == 5).any():
+            quantized = table[table["step"] == 5].sort_values("network").groupby("float").tail(1)
+            series["quantized"] = quantized.sort_index()
         for kind, points in series.items():
             ends = points.reindex(columns=["balanced_accuracy_low95", "balanced_accuracy_high95"])
             low, high = 100 * ends.to_numpy().T
             middle = 100 * points["balanced_accuracy"]
             axis.errorbar(
-                points["float"].str.replace(" of neurons", "\n").str.replace("hidden weights", "weights\n"),
+                points["float"].str.replace(" of neurons removed", "").str.replace(" ", "\n").str.replace("\n%", " %"),
                 middle,
                 yerr=np.abs([middle - low, high - middle]) if np.isfinite(low).all() else None,
                 marker="o" if kind == "float" else "s",
@@ -111,7 +118,11 @@ def plot_steps(tables: Sequence[pd.DataFrame], path: Path) -> None:
                 capsize=3,
                 label=f"{table['patients'].iloc[0]}, {kind}",
             )
-    axis.set(ylabel="balanced accuracy, test set (%)", title="Accuracy step by step, 95 % intervals over records")
+    axis.set(
+        xlabel="neurons removed",
+        ylabel="balanced accuracy, test set (%)",
+        title="Accuracy step by step, 95 % intervals over records",
+    )
     axis.tick_params(axis="x", labelsize=7)
     axis.legend()
     save_figure(figure, path)

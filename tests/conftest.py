@@ -22,7 +22,7 @@ SMALL = {  # settings of step 5 in tests: wide circuits of default PTQ take half
     "SIMULATED_ROWS": 60,
     "ROUNDING_BITS": 4,
 }
-RATES = ("--rates", "25", "60", "75", "90")  # of step 3
+RATES = ("--rates", "25", "75", "90", "100")  # of step 3
 ABNORMAL = ("V", "A", "F")  # abnormal symbols that the records hold besides N
 
 

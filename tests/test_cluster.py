@@ -137,7 +137,7 @@ def test_a_circuit_is_compiled_once_in_a_process(monkeypatch):
     made = []
     monkeypatch.setattr(circuit, "cost", lambda c: ({"status": "ok"}, made.append("plan") or object()))
     monkeypatch.setattr(circuit, "compile_circuit", lambda c: made.append("anew"))
-    one = configuration.Configuration("m", 2, b"", 4, False, None, None, {"identity": "a"})
+    one = configuration.Configuration("m", 2, b"", 4, 0.1, False, None, None, {"identity": "a"})
     circuit.plan_circuit(one)
     circuit.take_circuit(one)
     assert made == ["plan"]
@@ -193,7 +193,7 @@ def test_a_job_that_takes_its_workers_with_it_becomes_failed_rows(monkeypatch):
     monkeypatch.setattr(distributed, "wait", lambda futures, **_: setattr(done, "done", futures) or done)
     found = list(cluster.Cluster(client, "tcp://there").map(print, [()], lambda text: None))
     assert found == [(0, None, None)]
-    one = configuration.Configuration("m", 2, b"", 4, False, None, None, {"identity": "a"})
+    one = configuration.Configuration("m", 2, b"", 4, 0.1, False, None, None, {"identity": "a"})
     task = step5.Task(one, {"status": "ok", "complexity": 1e9}, {3: [0] * 5, 4: [0] * 2}, 1.0)
     rows = [row for _, row, _ in step5.failed_results(task)]
     assert [(r["batch"], r["num_items"], r["status"], r["complexity"]) for r in rows] == [

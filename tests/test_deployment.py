@@ -20,6 +20,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import wfdb
 from conftest import ROOT, make_record, small_network
@@ -29,8 +30,10 @@ from hypothesis import strategies as st
 from fhe_mlp import circuit, deployment
 from fhe_mlp.arrays import apply_scaler
 from fhe_mlp.cli import InputError
-from fhe_mlp.configuration import Setting, load_configuration
+from fhe_mlp.configuration import Setting, load_configuration, quantized_path
 from fhe_mlp.ecg_features import EXPECTED_LEADS, FEATURES
+from fhe_mlp.graphs import to_onnx
+from fhe_mlp.quantized import HiddenLayer, LastLayer, QuantizedNetwork, signed_bits
 
 sys.path.insert(0, str(ROOT / "fhe_mlp" / "deployment"))
 sys.path.append(str(ROOT / "fhe_mlp"))  # of which an export has records.py and ecg_features.py
@@ -72,6 +75,7 @@ def describe(features):
         "test_rows": 12345,
         "complexity": 1.5e9,
         "pbs": 3,
+        "expand": "none",
         "leads": EXPECTED_LEADS,
         "features": FEATURES
         if features == len(FEATURES)
@@ -80,12 +84,26 @@ def describe(features):
     }
 
 
+def table_network():
+    """Three random tables, of slopes under an entry a step, and a linear path."""
+    weights = RNG.integers(-7, 8, (32, 3)).astype(np.int32)
+    table = np.cumsum(RNG.integers(0, 2, (16, 3)), axis=0, dtype=np.int32) - 4
+    sums = np.clip(np.rint(X / 0.2), -15, 15) @ weights
+    hidden = HiddenLayer(weights, np.zeros(3, np.int32), table, 0.5, signed_bits(sums.astype(int)))
+    last = LastLayer(np.ones(3, np.int32), 1.0, RNG.integers(-7, 8, 32).astype(np.int32), 0.1, 0.0)
+    return QuantizedNetwork(4, 4, SETTING.p_error, 5, 0.2, (hidden,), last)
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """Folder of two exports, of 5 and of 32 features, and of the latter the network and the example rows."""
     folder = tmp_path_factory.mktemp("export")
     for name, features in (("other", 5), ("deployed", 32)):
         path = small_network(folder / f"{name}.onnx", widths=(features, 3, 1))
+        if features == 32:  # one of tables with a linear path: an answer has two parts
+            quantized = quantized_path(path, 4)
+            quantized.parent.mkdir()
+            onnx.save(to_onnx(table_network(), 14), quantized)
         rows = X[:, :features]
         configuration = load_configuration(path, 4, SETTING, {"train": (rows, None)}, rows, {})
         module = circuit.cost(configuration)[1]
@@ -203,7 +221,7 @@ def test_a_payload_that_concrete_cannot_use_is_refused_in_one_line(sides, tmp_pa
     header, payloads = boxes.read_box(hospital / "encrypted_beats.zip", "encrypted beats")
     beats = list(payloads)
     beats[2] = message(b"no ciphertext")
-    for kind, payload in (("encrypted beats", beats), ("encrypted answers", beats[2:3])):
+    for kind, payload in (("encrypted beats", beats), ("encrypted answers", [beats[2]] * 2)):
         boxes.write_box(tmp_path / f"{kind}.zip", kind, {name: header[name] for name in boxes.NAMES}, payload)
     argv = (tmp_path / "encrypted beats.zip", "evaluation_keys.zip", "--output", tmp_path / "out.zip")
     assert "beat 3 cannot be computed with" in call(server, "server.py", *argv, status=2)
@@ -258,7 +276,7 @@ def append_counted(part, entry):
 
 def echo(*arguments):
     live_or_die(answers)
-    return arguments[-1]
+    return (arguments[-1],)
 
 server.append, compute.answer = append_counted, echo
 boxes.run(server.main)
@@ -298,6 +316,7 @@ def pause(*arguments):
     os.write(1, b"computing\\n")
     signal.pause()
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 compute.answer = pause
 boxes.run(server.main)
 """
@@ -346,7 +365,7 @@ def test_a_process_loads_the_keys_once(monkeypatch):
     monkeypatch.setattr(compute, "_LOADED", {})
     monkeypatch.setattr(compute, "load", lambda *given: loaded.append(given) or (FakeServer, given[2]))
     assert [compute.answer(name, {}, b"net", name.encode(), b"beat") for name in "aabba"] == [
-        b"beat with " + name for name in (b"a", b"a", b"b", b"b", b"a")
+        (b"beat with " + name,) for name in (b"a", b"a", b"b", b"b", b"a")
     ]
     assert [keys for _, _, keys in loaded] == [b"a", b"b", b"a"]
 
@@ -369,21 +388,22 @@ def test_a_worker_of_another_version_and_a_scheduler_that_does_not_answer_are_re
             server_side.dask_workers(address, "a", b"")
 
 
-@pytest.mark.parametrize("cut", [0, 5, 12, 30, 64, 65, 106, 107, 1000])
+@pytest.mark.parametrize("cut", [0, 5, 12, 30, 77, 78, 139, 140, 1000])
 def test_a_part_file_is_continued_behind_its_last_whole_entry(tmp_path, cut):
     """Of three beats, with the answers to the last and the first."""
-    first, entries = b"of these beats", {2: b"1" * 20, 0: b"2" * 30}
+    first, entries = b"of these beats", {2: boxes.framed(b"1" * 20), 0: boxes.framed(b"2" * 30)}
     with (tmp_path / "part").open("a+b") as part:
         server_side.append(part, first)
         for number, answer in entries.items():
             server_side.append(part, number.to_bytes(8, "big") + answer)
         part.truncate(cut)
         places = server_side.resume(part, first, 3)
-        assert [bool(place) for place in places] == [cut >= 26 + 40 + 50, False, cut >= 26 + 40]
+        assert [bool(place) for place in places] == [cut >= 26 + 52 + 62, False, cut >= 26 + 52]
         for number in (0, 1, 2):
             if not places[number]:
-                places[number] = server_side.append(part, number.to_bytes(8, "big") + entries.get(number, b"new"))
-        assert list(server_side.answers(part, places)) == [b"2" * 30, b"new", b"1" * 20]
+                entry = entries.get(number, boxes.framed(b"two ") + boxes.framed(b"parts"))
+                places[number] = server_side.append(part, number.to_bytes(8, "big") + entry)
+        assert b" ".join(server_side.answers(part, places)) == b" ".join([b"2" * 30, b"two  parts", b"1" * 20])
         server_side.append(part, (3).to_bytes(8, "big") + b"of a beat that there is not")
         assert server_side.resume(part, first, 3) == places
         assert not any(server_side.resume(part, b"of other beats", 3))
@@ -626,7 +646,7 @@ def test_a_column_in_another_unit_is_named_on_stderr(capsys):
 def test_the_export_describes_itself_and_overwrites_nothing(exported):
     deployed = exported[0] / "deployed"
     model = json.loads((deployed / "client" / "model.json").read_text())
-    assert model == {**describe(32), "model": boxes.sha256(deployed / "server" / "server.zip")}
+    assert model == {**describe(32), "outputs": 2, "model": boxes.sha256(deployed / "server" / "server.zip")}
     with (deployed / "client" / "example_beats.csv").open(newline="") as file:
         names, *raw = csv.reader(file)
     assert names == [feature["name"] for feature in model["features"]]

@@ -6,8 +6,15 @@ import argparse
 
 import numpy as np
 import pytest
+from conftest import refusal
 
-from fhe_mlp import expansion
+import dynamic_pruning_eval as step3
+import h5_onnx_converter as step4
+import MLP_model_0 as step1
+import TF_pruning as step2
+from fhe_mlp import expansion, networks
+from fhe_mlp.arrays import load_arrays
+from fhe_mlp.configuration import load_quantized, quantized_path
 
 ROWS = np.random.default_rng(3).normal(size=(40, 32)).astype(np.float32)
 
@@ -28,9 +35,9 @@ def test_fourier_features_by_hand():
 
 
 def test_fourier_features_approximate_a_gaussian_kernel():
-    Z = expansion.expand(ROWS, "fourier:20000").astype(np.float64)
+    Z = expansion.expand(ROWS, "fourier:4096").astype(np.float64)
     distances = ((ROWS[:, None] - ROWS[None]) ** 2).sum(axis=2)
-    np.testing.assert_allclose(2 / 20_000 * Z @ Z.T, np.exp(-distances / 32 / 2), atol=0.05)
+    np.testing.assert_allclose(2 / 4096 * Z @ Z.T, np.exp(-distances / 32 / 2), atol=0.1)
 
 
 @pytest.mark.parametrize(("spec", "columns"), [("none", 32), ("products", 560), ("fourier:7", 7), ("fourier:512", 512)])
@@ -46,3 +53,31 @@ def test_a_map_has_its_width_and_is_the_same_for_every_row_and_time(spec, column
 def test_other_maps_are_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="is not none, products or fourier:N"):
         expansion.expansion(text)
+
+
+def test_maps_of_clipped_features_stay_in_their_range_and_fill_it():
+    X = np.clip(ROWS, -3, 3)
+    X[0] = 3
+    for spec in ("none", "products", "fourier:50"):
+        mapped = expansion.expand_scaled(X, spec, 3.0)
+        assert mapped.shape[1] == expansion.columns(32, spec)
+        assert 2.9 < np.abs(mapped).max() <= 3
+    np.testing.assert_allclose(expansion.expand_scaled(X, "products", 3.0)[:, 32], X[:, 0] ** 2 / 3, rtol=1e-6)
+
+
+def test_steps_1_to_4_run_on_the_map_that_step_1_was_given(arrays, tmp_path, capsys):
+    common = ["--data-dir", str(arrays), "--workdir", str(tmp_path)]
+    step1.main([*common, "--expand", "fourier:40", "--epochs", "1"])
+    assert networks.public_map(tmp_path) == "fourier:40"
+    step2.main([*common, "--epochs", "1"])
+    step3.main([*common, "--rates", "100", "--fine-tune-epochs", "1", "--quantization-epochs", "1"])
+    step4.main(common)
+    (path,) = networks.by_rank(tmp_path, ".onnx")
+    X = load_arrays(arrays, "fourier:40")["test"][0]
+    _, network = load_quantized(quantized_path(path, 7), 40)
+    np.testing.assert_allclose(X, 3 * expansion.fourier(load_arrays(arrays)["test"][0], 40), atol=1e-6)
+    assert network.run(X)[0].shape == (len(X),)
+    assert network.pbs() == 0
+    assert "N from 1 to 4096" in refusal(step1.main, [*common[:2], "--expand", "fourier:4097"], capsys)
+    (tmp_path / "MLP_model_0_metrics.json").write_text('{"expand": "squares"}')
+    assert "MLP_model_0.py" in refusal(step2.main, common, capsys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import struct
@@ -16,11 +17,11 @@ from conftest import small_network
 
 import dynamic_pruning_eval as step3
 import h5_onnx_converter as step4
-from fhe_mlp import circuit, cli, configuration, networks, neuron_removal, qat
+from fhe_mlp import circuit, cli, configuration, graphs, networks, neuron_removal, qat, tables
 from fhe_mlp import quantized as q
 from fhe_mlp.arrays import load_arrays
 
-MEMBERS = [(2, 4), (4, 4), (7, 5)]
+BITS = [2, 4, 7]
 
 
 def float_layers(widths, seed=0):
@@ -36,13 +37,22 @@ def random_rows(rows, seed=1):
 
 
 @pytest.fixture(scope="module")
-def ensemble(keras_once):
-    return qat.Ensemble(float_layers((32, 12, 7, 1)), MEMBERS, random_rows(500), dtype="float64")
-
-
-@pytest.fixture(scope="module")
 def keras_once():
     return networks.start_tensorflow(42)
+
+
+@pytest.fixture(scope="module", params=["relu", "table", "linear"])
+def ensemble(keras_once, request):
+    """Of two hidden layers of ReLUs, of one of tables, or of the linear path alone."""
+    form = {"bits": BITS, "rounding_bits": 4, "p_error": 2.0**-13, "X": random_rows(500), "dtype": "float64"}
+    if request.param == "relu":
+        return qat.ReluEnsemble(float_layers((32, 12, 7, 1)), **form)
+    made, rng = tables.TableEnsemble(float_layers((32, 9, 1)), **form), np.random.default_rng(7)
+    for name, size in (("linear", 0.1), ("table", 0.4)):  # tables that no ReLU has
+        made.parts[name].assign_add(rng.normal(0, size, made.parts[name].shape))
+    made.remove(5 if request.param == "table" else 0, random_rows(300))
+    made.fit_ranges(random_rows(500))
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -50,59 +60,101 @@ def members(ensemble):
     return ensemble.networks(random_rows(500))
 
 
-@pytest.mark.parametrize("member", range(len(MEMBERS)))
-def test_fake_quantization_and_the_imported_graph_agree_exactly(ensemble, members, member):
+@pytest.mark.parametrize("member", range(len(BITS)))
+def test_training_integers_and_the_circuit_agree_exactly(ensemble, members, member):
     network, training = members[member], random_rows(500)
-    assert (network.bits, network.rounding_bits) == MEMBERS[member]
-    assert max(layer.accumulator_bits for layer in network.layers) > network.rounding_bits  # the rounding is at work
+    assert (network.bits, network.rounding_bits, network.p_error) == (BITS[member], 4, 2.0**-13)
+    if network.hidden:  # the rounding is at work
+        assert max(layer.accumulator_bits for layer in network.hidden) > network.rounding_bits
     rows = random_rows(3000, seed=2)
-    widths = [np.full((len(MEMBERS), 1, 1), layer.accumulator_bits) for layer in network.layers[:-1]]
-    trained = ensemble.forward(rows, widths)[0].numpy()[member]
-    reference, accumulators = network.run(rows)
-    graph = configuration.without_sigmoid(q.to_onnx(network, 14)).SerializeToString()
-    calibration = configuration.calibration_rows(network, training, 100)
+    for index, layer in enumerate(network.hidden):  # training aims at these bits, and need not reach them
+        if isinstance(ensemble, qat.ReluEnsemble):
+            ensemble.range_bits[index][member] = layer.accumulator_bits
+    trained = ensemble.forward(rows)[0].numpy()[member]
+    reference, sums = network.run(rows)
+    graph = configuration.encrypted_part(graphs.to_onnx(network, 14)).SerializeToString()
+    calibration = configuration.calibration_rows(network, training)
     setting = configuration.Setting(6, 2.0**-40, 0.0)
     module = circuit.compile_circuit(
-        configuration.Configuration("m", network.bits, graph, network.rounding_bits, True, setting, calibration, {})
+        configuration.Configuration("m", network.bits, graph, 4, 2.0**-40, True, setting, calibration, {})
     )
     imported = circuit.outputs(module, rows, "disable")
-    # A logit is an integer times one step, plus a constant: equal up to the last bits of a float means equal integers.
-    np.testing.assert_allclose(trained, reference, atol=1e-6)
+    # A logit is an integer or two times a step each, plus a constant: equal to the last bits is equal integers.
+    inside = np.ones(len(rows), bool)  # of the ranges; beyond, a table is flat and a ReLU is not
+    for layer, accumulator in zip(network.hidden, sums):
+        inside &= (np.abs(accumulator) < 2 ** (layer.accumulator_bits - 1) - network.rounding_unit(layer)).all(axis=1)
+    assert inside.mean() > 0.9
+    np.testing.assert_allclose(trained[inside], reference[inside], atol=1e-6)
     np.testing.assert_allclose(imported, reference, atol=1e-6)
     assert len(np.unique(reference)) > 4
-    assert [a.shape[1] for a in accumulators] == [12, 7]
-    assert module.fhe_circuit.programmable_bootstrap_count == network.pbs() == 19
+    neurons = {qat.ReluEnsemble: [12, 7], tables.TableEnsemble: [5] if network.hidden else []}[type(ensemble)]
+    assert [total.shape[1] for total in sums[: len(neurons)]] == neurons
+    assert module.fhe_circuit.programmable_bootstrap_count == network.pbs() == sum(neurons)
+    parts = module.forward(rows[:1].astype(np.float64), fhe="disable")
+    assert isinstance(parts, tuple) == (len(neurons) == 1)  # the linear path beside the tables
 
 
 def test_integers_are_as_narrow_as_they_say(members):
     for network in members:
-        _, accumulators = network.run(random_rows(500), rounding=False)
-        for layer, accumulator in zip(network.layers, accumulators):
-            assert np.abs(layer.weights).max() <= 2 ** (layer.weight_bits - 1) - 1
-            assert layer.weight_bits <= network.bits
-            assert layer.output_bits <= network.bits
+        sums = network.run(random_rows(500))[1]
+        for layer, accumulator in zip(network.hidden, sums):
+            assert np.abs(layer.weights).max() <= 2 ** (network.bits - 1) - 1
             assert q.signed_bits(accumulator) == layer.accumulator_bits
-        assert network.layers[-1].weight_bits <= qat.LAST_WEIGHT_BITS
-
-
-def test_ranges_are_moved_to_the_middle_and_the_function_stays(members):
-    rows, training = random_rows(2000, seed=5), random_rows(500)
-    for network in members:
-        first = network.layers[0]
-        unit = network.rounding_unit(first)
-        away = 3 * unit * np.arange(-2, first.weights.shape[1] - 2)
-        step = network.input_step * first.scale
-        moved = dataclasses.replace(
-            first, bias=first.bias + away, offset=(first.offset - away * step).astype(np.float32)
-        )
-        odd = dataclasses.replace(network, layers=(moved, *network.layers[1:]))
-        back = qat.centred(odd, training)
-        np.testing.assert_array_equal(back.layers[0].bias, first.bias)
-        assert back.layers[0].accumulator_bits == first.accumulator_bits
-        np.testing.assert_allclose(back.run(rows)[0], network.run(rows)[0], atol=1e-5)
-        for layer, accumulator in zip(network.layers, network.run(training)[1]):
             middle = (accumulator.max(axis=0) + accumulator.min(axis=0)) / 2
             assert np.abs(middle).max() <= 2 * network.rounding_unit(layer)
+        assert np.abs(network.last.weights).max(initial=0) <= 2 ** (min(network.bits, qat.LAST_WEIGHT_BITS) - 1) - 1
+        assert np.abs(network.last.linear).max() <= 2 ** (network.bits - 1) - 1
+
+
+def test_a_range_is_moved_to_the_middle_and_the_function_stays(keras_once):
+    rng = np.random.default_rng(0)
+    x, weights = rng.integers(-15, 16, (400, 32)), rng.integers(-3, 4, (32, 6)).astype(np.int32)
+    for away in (0, 64, -100, 1000):
+        bias = np.full(6, away, np.int32)
+        function = functools.partial(qat.quantized_relu, scale=0.1, offset=-0.1 * away, step=1.0, bits=4)
+        outputs, layer = qat.hidden_layer(x, weights, bias, function, 1.0, 9, 5)
+        assert np.abs(layer.bias).max() <= 64
+        network = q.QuantizedNetwork(4, 5, 0.1, 5, 1.0, (layer,), None)
+        unit = network.rounding_unit(layer)
+        index = np.floor((x @ weights + layer.bias) / unit + 0.5).astype(int) + 16
+        np.testing.assert_array_equal(outputs, np.take_along_axis(layer.table, index.clip(0, 31), 0))
+        want = qat.quantized_relu(x @ weights, 0.1, 0.0, 1.0, 4)
+        assert np.abs(outputs - want).max() <= 0.05 * unit + 1
+
+
+def test_neurons_are_removed_where_outputs_vary_least_and_their_mean_stays(keras_once):
+    ensemble = tables.TableEnsemble(float_layers((32, 6, 1)), [4, 7], 5, 2.0**-6, random_rows(500), "float64")
+    quiet = ensemble.parts["table"].numpy()
+    quiet[0, 2], quiet[1, 4] = 3.0, -2.0  # the same for every row
+    ensemble.parts["table"].assign(quiet)
+    rows = random_rows(300, seed=3)
+    before = ensemble.forward(rows)[0].numpy()
+    ensemble.remove(5, rows)
+    assert ensemble.neurons == 5
+    np.testing.assert_allclose(ensemble.forward(rows)[0].numpy(), before, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [qat.ReluEnsemble, tables.TableEnsemble])
+def test_a_neuron_without_incoming_weights_breaks_nothing(keras_once, kind):
+    layers, X = float_layers((32, 6, 1)), random_rows(300)
+    layers[0][0][:, [1, 4]] = 0
+    ensemble = kind(layers, [2, 7], 5, 2.0**-6, X)
+    even, y = np.full(300, 1 / 300), (X[:, 0] > 0).astype(np.int64)
+    ensemble.train({"train": (X, y), "val": (X, y)}, y.astype(float), even, 0.0, 1, 0)
+    for network in ensemble.networks(X):
+        assert np.isfinite(network.run(X)[0]).all()
+
+
+def test_all_accumulators_lie_in_the_range_after_fitting(keras_once):
+    X = random_rows(500)
+    ensemble = tables.TableEnsemble(float_layers((32, 6, 1)), [4, 7], 5, 2.0**-6, X, "float64")
+    aim = ensemble.range_bits.ravel()
+    ensemble.parts["bias"].assign_add(np.full(ensemble.parts["bias"].shape, 0.7))
+    wide = 1.5 * random_rows(500, seed=8).clip(-2, 2)
+    assert max(n.hidden[0].accumulator_bits for n in ensemble.networks(wide)) > aim.min()
+    ensemble.fit_ranges(wide)
+    for network, bits in zip(ensemble.networks(wide), aim):
+        assert network.hidden[0].accumulator_bits <= bits
 
 
 def test_signed_bits_are_those_of_concrete():
@@ -112,19 +164,23 @@ def test_signed_bits_are_those_of_concrete():
         assert q.signed_bits(np.array([low, high])) == compute_bits_precision(np.array([low, high]))
 
 
-def test_onnx_runtime_runs_the_quantized_graph_and_it_reads_back_as_it_was(members):
+def test_onnx_runtime_gives_the_same_and_the_graph_reads_back_as_it_was(members):
     rows = random_rows(2000, seed=3)
     for network in members:
-        graph = q.to_onnx(network, 14)
+        graph = graphs.to_onnx(network, 14)
         onnx.checker.check_model(graph, full_check=True)
         session = onnxruntime.InferenceSession(graph.SerializeToString())
         (probability,) = session.run(None, {"features": rows})
-        assert np.mean(np.abs(probability - step4.unrounded(network, rows)) < 1e-5) > 0.99
-        back = q.from_onnx(graph)
-        for field in dataclasses.fields(q.QuantizedLayer):
-            for one, other in zip(network.layers, back.layers, strict=True):
-                np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
-        np.testing.assert_array_equal(back.run(rows)[0], network.run(rows)[0])
+        np.testing.assert_allclose(probability, step4.probabilities(network, rows), atol=1e-5)
+        same_network(graphs.from_onnx(graph), network)
+
+
+def same_network(one, other):
+    """All numbers are equal, those that ONNX holds as float32 but for that."""
+    for a, b in zip((one, *one.hidden, one.last), (other, *other.hidden, other.last), strict=True):
+        for field in dataclasses.fields(a):
+            if field.name not in ("hidden", "last"):
+                np.testing.assert_allclose(getattr(a, field.name), getattr(b, field.name), rtol=1e-7)
 
 
 def test_h5_holds_the_networks_beside_the_float_one_and_damage_is_refused(members, keras_once, tmp_path):
@@ -136,21 +192,25 @@ def test_h5_holds_the_networks_beside_the_float_one_and_damage_is_refused(member
     rows = random_rows(200, seed=4)
     for network, back in zip(members, q.read_h5(path, ""), strict=True):
         np.testing.assert_array_equal(back.run(rows)[0], network.run(rows)[0])
+        same_network(back, network)
+    if not members[0].hidden:
+        return
     np.testing.assert_array_equal(networks.dense_layers(networks.load_mlp(path, ""))[0][0], layers[0][0])
     whole = path.read_bytes()
     for edit in (
-        lambda f: f["quantized/4/1"].pop("weights"),
-        lambda f: f["quantized/4/1/weights"].__setitem__((0, 0), 99),
-        lambda f: f["quantized/4/0/scale"].__setitem__(0, np.nan),
+        lambda f: f["quantized/4/0"].pop("weights"),
+        lambda f: f["quantized/4/0/weights"].__setitem__((0, 0), 99),
+        lambda f: f["quantized/4/0/table"].__setitem__((0, 0), 10**6),
+        lambda f: f["quantized/4/last/scale"].__setitem__((), np.nan),
         lambda f: f["quantized/4"].attrs.__setitem__("bits", 9),
         lambda f: f["quantized/4"].attrs.__setitem__("input_bits", 10**6),
         lambda f: f["quantized/4"].attrs.__setitem__("input_step", np.nan),
         lambda f: f["quantized/4/0/accumulator_bits"].__setitem__((), 10**6),
-        lambda f: f["quantized/4/0/output_step"].__setitem__((), np.inf),
-        lambda f: f["quantized/4/1/weights"].__setitem__((0, 0), -(2**31)),
-        lambda f: stored_anew(f, "quantized/4/0/output_step", "x"),
-        lambda f: stored_anew(f, "quantized/4/0/scale", dtype="f4", shape=(2**36,), chunks=(64,)),
-        lambda f: stored_anew(f, "quantized/4/0/scale", dtype="f4", shape=(12,), external=[(str(path), 0, 48)]),
+        lambda f: f["quantized/4/0/step"].__setitem__((), np.inf),
+        lambda f: f["quantized/4/0/weights"].__setitem__((0, 0), -(2**31)),
+        lambda f: stored_anew(f, "quantized/4/0/step", "x"),
+        lambda f: stored_anew(f, "quantized/4/0/bias", dtype="i4", shape=(2**36,), chunks=(64,)),
+        lambda f: stored_anew(f, "quantized/4/0/bias", dtype="i4", shape=(12,), external=[(str(path), 0, 48)]),
         lambda f: [f.__setitem__(f"quantized/4/{n}", f["quantized/4/0"]) for n in range(3, 99)],
     ):
         path.write_bytes(whole)
@@ -229,14 +289,18 @@ def set_initializer(model, name, value):
         recursive,
         elsewhere,
         lambda model: put(model, accumulator_bits="99999999999 9"),
+        lambda model: put(model, p_error="2"),
+        lambda model: put(model, rounding_bits="40"),
         lambda model: set_initializer(model, "features.bits", 1e30),
-        lambda model: set_initializer(model, "layer_0.output.bits", 1e30),
+        lambda model: set_initializer(model, "layer_0.start", 1e30),
         lambda model: set_initializer(model, "layer_0.weights.step", 0),
         without_nodes,
     ],
 )
 def test_damaged_graphs_are_refused(members, tmp_path, monkeypatch, edit):
-    model = q.to_onnx(members[1], 14)
+    if not members[1].hidden:
+        pytest.skip("has no layer to damage")
+    model = graphs.to_onnx(members[1], 14)
     path = configuration.quantized_path(tmp_path / "x.onnx", 4)
     path.parent.mkdir()
     onnx.save(model, path)
@@ -249,11 +313,6 @@ def test_damaged_graphs_are_refused(members, tmp_path, monkeypatch, edit):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(cli.InputError, match="not a valid quantized network"):
         configuration.load_configuration(*options)
-
-
-def test_a_network_without_hidden_layer_is_refused(members):
-    with pytest.raises(ValueError, match="hidden"):
-        q.check(dataclasses.replace(members[1], layers=members[1].layers[-1:]))
 
 
 @pytest.mark.parametrize("part", ["node", "output"])
@@ -276,11 +335,13 @@ def test_training_gains_what_quantization_lost(arrays, keras_once):
     model = networks.build(float_layers((32, 16, 1)))
     even = np.full(len(data["train"][1]), 1 / len(data["train"][1]))
     step3.fine_tune(model, data["train"], even, 5, 0)
-    ensemble = qat.Ensemble(networks.dense_layers(model), [(2, 4), (3, 4)], data["train"][0])
-    before = [n.balanced_accuracy(*data["val"]) for n in ensemble.networks(data["train"][0])]
-    ensemble.train(data, data["train"][1], even, 0.1, 8, 42)
-    after = [n.balanced_accuracy(*data["val"]) for n in ensemble.networks(data["train"][0])]
-    assert min(np.subtract(after, before)) > 0.01, (before, after)
+    form = {"bits": [2, 3], "rounding_bits": 4, "p_error": 2.0**-6, "X": data["train"][0]}
+    layers = networks.dense_layers(model)
+    for ensemble in (qat.ReluEnsemble(layers, **form), tables.TableEnsemble(layers, **form)):
+        before = [n.balanced_accuracy(*data["val"]) for n in ensemble.networks(data["train"][0])]
+        ensemble.train(data, data["train"][1], even, 0.1, 8, 42)
+        after = [n.balanced_accuracy(*data["val"]) for n in ensemble.networks(data["train"][0])]
+        assert min(np.subtract(after, before)) > 0.01, (before, after)
 
 
 def test_neurons_are_shared_and_narrow_layers_go():
@@ -291,6 +352,7 @@ def test_neurons_are_shared_and_narrow_layers_go():
     assert neuron_removal.share_neurons(20, full, 32) == [20, 0, 0, 0]
     assert neuron_removal.share_neurons(132, full, 32) == [64, 64, 0, 0]  # no wider than it was
     assert neuron_removal.share_neurons(3, (4, 8), 1) == [1, 2]
+    assert neuron_removal.share_neurons(0, full, 32) == [0, 0, 0, 0]
 
 
 def test_a_layer_that_is_linear_goes_without_a_trace():
@@ -314,14 +376,13 @@ def test_rank_is_by_cost_among_the_accurate_and_by_accuracy_among_the_rest():
         {
             "rate_percent": [25, 50, 75, 90, 95],
             "val_balanced_accuracy": [0.99, 0.98, 0.98, 0.97, 0.9],
-            "quantized_val_balanced_accuracy": [np.nan, 0.985, 0.981, 0.97, 0.975],
+            "quantized_val_balanced_accuracy_encrypted": [np.nan, 0.985, 0.981, 0.97, 0.975],
             "predicted_complexity": [np.nan, 9e9, 4e9, 2e9, 1e9],
         }
     )
+    small = table.assign(val_balanced_accuracy_encrypted=table["val_balanced_accuracy"], bits=[2, 5, 3, 4, 7])
     assert step3.rank(table, 0.98) == [2, 1, 4, 3, 0]
-    assert step3.rank(table.drop(columns="quantized_val_balanced_accuracy"), 0.98) == [0, 2, 1, 3, 4]
-    assert (
-        step3.lowest_cost(table[1:].rename(columns={"quantized_val_balanced_accuracy": "x"}), 0.98)["rate_percent"]
-        == 75
-    )
-    assert step3.lowest_cost(table, 1.0)["rate_percent"] == 25
+    assert step3.rank(table.drop(columns="quantized_val_balanced_accuracy_encrypted"), 0.98) == [0, 2, 1, 3, 4]
+    assert step3.lowest_cost(small[1:], 0.98)["rate_percent"] == 75
+    assert step3.lowest_cost(small, 1.0)["rate_percent"] == 25
+    assert step3.lowest_cost(small[1:].assign(predicted_complexity=[4e9, 4.01e9, 1, 1]), 0.98)["rate_percent"] == 50

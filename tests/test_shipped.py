@@ -82,7 +82,8 @@ STEPS = ["MLP_model_0.py", "TF_pruning.py", "dynamic_pruning_eval.py", "h5_onnx_
 
 
 def test_make_reruns_the_edited_stage_and_what_follows_and_nothing_else(tmp_path):
-    for name in ("Makefile", "requirements.txt", "constraints.txt", *SCRIPTS, *MODULES):
+    others = ("Makefile", "requirements.txt", "constraints.txt", "fhe_mlp/pbs_complexity.csv")
+    for name in (*others, *SCRIPTS, *MODULES):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     (tmp_path / "data").mkdir()
@@ -102,8 +103,9 @@ def test_make_reruns_the_edited_stage_and_what_follows_and_nothing_else(tmp_path
         assert would_run(step) == STEPS[number:]
     for numbers in ("data/dataset.json", "fhe_mlp/arrays.py", "fhe_mlp/networks.py"):
         assert would_run(numbers) == STEPS
-    for numbers in ("quantized", "qat", "neuron_removal"):
+    for numbers in ("quantized", "qat", "tables", "neuron_removal"):
         assert would_run(f"fhe_mlp/{numbers}.py") == STEPS[2:]
+    assert would_run("fhe_mlp/graphs.py") == STEPS[3:]
     assert would_run(target="patients") == ["preprocess_mitbih.py", *STEPS]
     shown = would_run(target="demo")
     assert shown == ["preprocess_mitbih.py", *STEPS, "fhe_experiments.py", "tests/compare.py"]

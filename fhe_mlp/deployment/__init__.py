@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 CLIENT_ONLY = ("client.py", "recording.py", "csvfiles.py", "answers.py")
-CLIENT_COPIES = ("records.py", "ecg_features.py")  # of this package
+CLIENT_COPIES = ("records.py", "ecg_features.py", "expansion.py")  # of this package
 
 
 def check_new(folder: Path) -> None:
@@ -43,8 +43,8 @@ def export(module: QuantizedModule, model: dict[str, Any], X: np.ndarray, folder
 
     module: compiled. model: what model.json tells the client: name, output ("logit" or "probability"), threshold,
     p_error, security_bits, test_balanced_accuracy, test_rows, complexity, pbs, features (a list of name, unit and
-    formula) and scaler (mean and sd of each feature, clip_sd). X: scaled rows (n, features) for example_beats.csv; what
-    was clipped stays so. Raises InputError when `folder` is there already.
+    formula), scaler (mean and sd of each feature, clip_sd) and expand (their public map). X: scaled rows (n, features)
+    for example_beats.csv; what was clipped stays so. Raises InputError when `folder` is there already.
     """
     from concrete.ml.deployment import FHEModelDev
 
@@ -56,7 +56,7 @@ def export(module: QuantizedModule, model: dict[str, Any], X: np.ndarray, folder
         FHEModelDev(str(client), module).save()
         server.mkdir()
         shutil.move(client / "server.zip", server)
-        model = {"model": sha256(server / "server.zip"), **model}
+        model = {"model": sha256(server / "server.zip"), "outputs": len(module.fhe_circuit.graph.output_nodes), **model}
         (client / "model.json").write_text(json.dumps(model, indent=1) + "\n")
         with (client / "example_beats.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)

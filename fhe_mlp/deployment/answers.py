@@ -130,7 +130,8 @@ def summary(beats: Beats) -> str:
     if runs:
         first, end = max(runs, key=lambda run: run[1] - run[0])
         longest = f"; the longest has {end - first} beats, at {at(beats.sample[first] / beats.fs)}"
-    lines += [f"{len(runs)} runs of {RUN_BEATS} or more abnormal beats in a row{longest if runs else ''}"]
+    what = f"{len(runs)} run{'s' * (len(runs) != 1)} of {RUN_BEATS} or more abnormal beats in a row"
+    lines.append(what + (longest if runs else ""))
     return "\n".join(lines)
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import answers
+import expansion
 import numpy as np
 import recording
 from boxes import Refusal, check_output, first_line, read_box, run, same, sha256, write_box
@@ -94,7 +95,7 @@ def check_keys(keys: Path, model: str) -> str:
 
 
 def scale(X: np.ndarray, model: dict[str, Any]) -> np.ndarray:
-    """Raw features (n, features) as the network takes them: standardized, clipped, rounded to float32 as in training.
+    """Raw features (n, features) as the network takes them: standardized, clipped, float32 as in training, and mapped.
 
     Warns on stderr of a column that is in another unit than the training data.
     """
@@ -105,7 +106,8 @@ def scale(X: np.ndarray, model: dict[str, Any]) -> np.ndarray:
         if far > len(X) / 2:
             what = f"{far} of {len(X)} values are over {FAR_SD:g} standard deviations from the training data's mean"
             print(f"warning: {feature['name']}: {what}; its unit is {feature['unit']}", file=sys.stderr)
-    return np.clip(z, -scaler["clip_sd"], scaler["clip_sd"]).astype(np.float32).astype(np.float64)
+    z = np.clip(z, -scaler["clip_sd"], scaler["clip_sd"]).astype(np.float32)
+    return expansion.expand_scaled(z, model["expand"], scaler["clip_sd"]).astype(np.float64)
 
 
 def encrypt(
@@ -182,13 +184,17 @@ def decrypt(keys: Path, path: Path, folder: Path, given: Path | None) -> None:
     same("model", path, header["model"], model["model"], "server.zip and client.zip must come from one export")
     name = check_keys(keys, model["model"])
     same("key", path, header["key"], name, "it can only be decrypted with the keys it was encrypted with")
-    found = read_times(Path("encrypted_beats.json"), given, header["beats"], header["count"])
+    count, rest = divmod(header["count"], model["outputs"])
+    if rest:
+        raise Refusal(f"{path}: a part of an answer is missing; have it sent again")
+    found = read_times(Path("encrypted_beats.json"), given, header["beats"], count)
     if found:
         answers.check_files(folder, found["record"], found["annotations"])
     client, decided = load_client(keys), []
-    for payload in payloads:
+    for parts in zip(*[payloads] * model["outputs"]):  # the logit is the sum of what the circuit returns
         try:
-            output = float(client.deserialize_decrypt_dequantize(payload).ravel()[0])
+            outputs = client.deserialize_decrypt_dequantize(*parts)
+            output = float(np.sum(outputs if isinstance(outputs, tuple) else (outputs,)))
         except (RuntimeError, ValueError, AssertionError) as error:
             raise Refusal(f"{path}: holds no answer ({first_line(error)}); have it sent again") from None
         probability = output if model["output"] == "probability" else 1 / (1 + np.exp(-output))

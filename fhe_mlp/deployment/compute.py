@@ -37,8 +37,10 @@ def load(wanted: dict[str, str], network: bytes, keys: bytes | Path) -> tuple[An
     return server, EvaluationKeys.deserialize(keys)
 
 
-def answer(name: str, wanted: dict[str, str], network: bytes, keys: bytes | Path, beat: bytes) -> bytes:
-    """The network's encrypted answer to one beat. name: of the keys; a process loads them once. For the rest see load.
+def answer(name: str, wanted: dict[str, str], network: bytes, keys: bytes | Path, beat: bytes) -> tuple[bytes, ...]:
+    """The network's encrypted answer to one beat, whose parts the client adds.
+
+    name: of the keys; a process loads them once. For the rest see load.
 
     Raises RuntimeError, ValueError or AssertionError for what Concrete cannot compute with.
     """
@@ -46,4 +48,5 @@ def answer(name: str, wanted: dict[str, str], network: bytes, keys: bytes | Path
         _LOADED.clear()  # keys are large
         _LOADED[name] = load(wanted, network, keys)
     server, evaluation_keys = _LOADED[name]
-    return server.run(beat, evaluation_keys)
+    found = server.run(beat, evaluation_keys)
+    return found if isinstance(found, tuple) else (found,)

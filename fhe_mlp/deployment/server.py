@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import io
 import itertools
 import json
 import multiprocessing
@@ -53,6 +54,7 @@ NUMBER_BYTES = 8  # of the beat's number, before its answer in a .part file
 # Concrete asks for some 0.2 GB of memory anew for each beat. In pages of 2 MB that costs a 20-neuron network a sixth
 # less time, a small one a third. The C library reads this when a program starts.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+Answered = tuple[int, tuple[bytes, ...]]  # the number of a beat and the parts of its answer
 PROGRESS_S = 60.0  # between two lines of progress in a log; on a terminal one line is renewed after each beat
 
 
@@ -98,11 +100,12 @@ def resume(part: BinaryIO, first: bytes, count: int) -> array[int]:
 
 
 def answers(part: BinaryIO, places: array[int]) -> Iterator[bytes]:
-    """The answers in a .part file, in the order of `places`."""
+    """The parts of the answers in a .part file, in the order of `places`."""
     size = os.fstat(part.fileno()).st_size
     for place in places:
         part.seek(place)
-        yield next(read_frames(part, size))[NUMBER_BYTES:]
+        parts = next(read_frames(part, size))[NUMBER_BYTES:]
+        yield from read_frames(io.BytesIO(parts), len(parts))
 
 
 # ------------------------------------------------------------------------------------------------------------ computing
@@ -155,7 +158,7 @@ def dask_workers(address: str, name: str, keys: bytes) -> Workers:
     )
 
 
-def computed(workers: Workers, beats: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+def computed(workers: Workers, beats: Iterator[tuple[int, bytes]]) -> Iterator[Answered]:
     """Number and answer of each beat, as they are finished. Raises Refusal for a beat that cannot be computed with."""
     pending: dict[Future, int] = {}
     number = 0
@@ -175,7 +178,7 @@ def computed(workers: Workers, beats: Iterator[tuple[int, bytes]]) -> Iterator[t
         raise Refusal(f"beat {number + 1} cannot be computed with these keys ({first_line(error)})") from None
 
 
-def with_progress(finished: Iterator[tuple[int, bytes]], done: int, count: int) -> Iterator[tuple[int, bytes]]:
+def with_progress(finished: Iterator[Answered], done: int, count: int) -> Iterator[Answered]:
     """What is finished; beats a second and the time that is left are shown on stderr. done: of `count`, before that."""
     started = shown = time.monotonic()
     terminal = sys.stderr.isatty()
@@ -217,7 +220,7 @@ def classify(beats: Path, evaluation_keys: Path, target: Path, processes: int, s
                 workers = processes_here(min(processes, left), key, evaluation_keys)
             missing = ((number, beat) for number, beat in enumerate(payloads) if not places[number])
             for number, answer in with_progress(computed(workers, missing), count - left, count):
-                places[number] = append(part, number.to_bytes(NUMBER_BYTES, "big") + answer)
+                places[number] = append(part, number.to_bytes(NUMBER_BYTES, "big") + b"".join(map(framed, answer)))
         write_box(target, "encrypted answers", names, answers(part, places))
         unfinished.unlink()
 

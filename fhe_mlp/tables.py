@@ -1,0 +1,187 @@
+"""Training of networks whose neurons are free tables, with a linear path beside them (step 3).
+
+Under TFHE a bootstrap computes any table at the same cost, and additions are free. So
+
+    logit = x @ linear + offset + the sum over neurons j of table_j(rounded accumulator of neuron j)
+
+where x are the quantized features, and the weights that would follow an activation are part of its table. Neurons are
+removed between trainings, in each member its own; without any the linear path is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fhe_mlp.networks import Layers
+from fhe_mlp.qat import ROOM, Ensemble, best_scale, hidden_layer, integers, largest_integer, straight_through
+from fhe_mlp.quantized import LastLayer, QuantizedNetwork
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+SUM_BITS = 9  # of the sum of the tables; with 10, some numbers of rounding bits cost 45 % more
+SUM_STEP = 1 / 16  # of the sum and the tables, in logits; 9 bits reach from -16 to 16
+VALUES_AT_ONCE = 2_000_000  # of features, in the memory of all members
+FITTING_ROUNDS = 2  # the second sees what rounding the weights anew has moved
+SMOOTHNESS = 2e-4  # weight of the squared second differences of the tables (2e-3: 0.2 points less on validation rows)
+
+
+class TableEnsemble(Ensemble):
+    """Candidates that start as the float network `layers` of one hidden layer; X: training rows (n, features)."""
+
+    learning_rate = 1e-2  # 5e-3: 0.1 points less on validation rows
+
+    def __init__(
+        self,
+        layers: Layers,
+        bits: Sequence[int],
+        rounding_bits: int,
+        p_error: float,
+        X: np.ndarray,
+        dtype: str = "float32",
+    ) -> None:
+        super().__init__(bits, rounding_bits, p_error, dtype)
+        self.top = largest_integer(self.bits)  # of a weight
+        (kernel, bias), (outgoing, offset) = layers
+        members, features, real = len(self.bits), len(kernel), X @ kernel
+        kernel = np.broadcast_to(kernel, (members, *kernel.shape))
+        finest = best_scale(kernel, self.top, 1)
+        middle, scale, self.range_bits = self.range_of(real[None], self.input_step, finest)
+        k = np.arange(-self.half, self.half)[:, None]
+        reached = (self.unit(self.range_bits) * self.input_step * scale).swapaxes(1, 2)  # by a step of k
+        outputs = np.maximum(reached * k[:, 0] + (bias + middle[0, 0])[:, None], 0) * outgoing
+        self.parts: dict[str, Any] = {
+            "kernel": kernel,
+            "scale": np.log(scale),
+            "bias": np.broadcast_to(-middle, scale.shape),  # added to the accumulator, it centres its range
+            "table": outputs,  # (members, neurons, entries), in logits
+            "linear": np.zeros((members, features, 1)),
+            "linear_scale": np.log(0.5 / self.top),
+            "offset": np.full((members, 1, 1), offset[0]),
+        }
+        self._set(self.parts)
+
+    def _set(self, values: dict[str, np.ndarray]) -> None:
+        import tensorflow as tf
+
+        self.parts = {name: tf.Variable(value, dtype=self.dtype) for name, value in values.items()}
+
+    @property
+    def neurons(self) -> int:
+        """Of each member."""
+        return self.parts["kernel"].shape[2]
+
+    def variables(self) -> list[tf.Variable]:
+        """As Ensemble's."""
+        return [variable for variable in self.parts.values() if 0 not in variable.shape]
+
+    def outputs(self, x: tf.Tensor, noise: float = 0.0) -> tuple[tf.Tensor, tf.Tensor]:
+        """What the tables give (members, n, neurons), in logits, for the inputs x, and the range penalty (members,)."""
+        import tensorflow as tf
+
+        parts, step, scale = self.parts, self.input_step, tf.exp(self.parts["scale"])
+        weights = tf.clip_by_value(parts["kernel"] / scale, -self.top, self.top)
+        bias = parts["bias"] / (step * scale)
+        accumulator = x @ straight_through(weights, tf.round(weights)) + straight_through(bias, tf.round(bias))
+        steps, penalty = self.rounded(accumulator, self.range_bits, noise)
+        steps = tf.clip_by_value(steps, -self.half, self.half - 1)
+        below = tf.stop_gradient(tf.minimum(tf.floor(steps), self.half - 2))
+        members, entries = len(self.bits), 2 * self.half
+        first = entries * np.arange(members * self.neurons, dtype=np.int32).reshape(members, 1, -1)
+        place = first + tf.cast(below, tf.int32) + self.half
+        flat, share = tf.reshape(parts["table"], [-1]), steps - below
+        low, high = tf.gather(flat, place), tf.gather(flat, place + 1)
+        # The gradient is that of the line between two entries, and reaches both.
+        entry = SUM_STEP * tf.round(tf.where(share >= 0.5, high, low) / SUM_STEP)
+        return straight_through(low + share * (high - low), entry), penalty
+
+    def forward(self, X: Any, noise: float = 0.0) -> tuple[tf.Tensor, tf.Tensor]:
+        """As Ensemble's."""
+        import tensorflow as tf
+
+        parts, x = self.parts, self.inputs(X)
+        scale = tf.exp(parts["linear_scale"])
+        weights = tf.clip_by_value(parts["linear"] / scale, -self.top, self.top)
+        path = x @ straight_through(weights, tf.round(weights)) * self.input_step * scale
+        logits = (path + parts["offset"])[..., 0]
+        if not self.neurons:
+            return logits, tf.zeros(len(self.bits), self.dtype)
+        outputs, penalty = self.outputs(x, noise)
+        total = tf.reduce_sum(outputs, axis=2)
+        most = SUM_STEP * (2.0 ** (SUM_BITS - 1) - 2)
+        penalty += tf.nn.relu(tf.reduce_max(tf.abs(total), axis=1) / most - 1)
+        bends = parts["table"][..., 2:] - 2 * parts["table"][..., 1:-1] + parts["table"][..., :-2]
+        return logits + total, penalty + SMOOTHNESS * tf.reduce_sum(bends**2, axis=(1, 2))
+
+    def fit_ranges(self, X: np.ndarray) -> None:
+        """Move and widen the range of each accumulator so that those of all rows X (n, features) lie in it.
+
+        Batches show few of the extreme rows, and one accumulator out of its range costs all of its layer a bit.
+        """
+        if not self.neurons:
+            return
+        values = {name: self.parts[name].numpy().astype(np.float64) for name in ("kernel", "scale", "bias", "table")}
+        k, parts = np.arange(-self.half, self.half), np.array_split(X, 1 + X.size // VALUES_AT_ONCE)
+        unit, step = self.unit(self.range_bits), self.input_step
+        for _ in range(FITTING_ROUNDS):
+            scale = np.exp(values["scale"])
+            bias = np.rint(values["bias"] / (step * scale))
+            weights = np.clip(np.rint(values["kernel"] / scale), -self.top, self.top)
+            ends = []
+            for part in parts:
+                accumulator = (self.inputs(part).numpy() @ weights.astype(self.dtype) + bias) / unit
+                ends += [accumulator.max(axis=1), accumulator.min(axis=1)]
+            highest, lowest = np.max(ends, axis=0)[:, None], np.min(ends, axis=0)[:, None]
+            shift = np.rint((highest + lowest) / 2)
+            reach = np.maximum(np.maximum(highest - shift, shift - lowest) / (self.half - ROOM), 1)
+            values["bias"] = (bias - shift * unit) * step * scale
+            values["scale"] += np.log(reach)
+            for m, n in zip(*np.nonzero((reach[:, 0] > 1) | (shift[:, 0] != 0))):
+                values["table"][m, n] = np.interp(k * reach[m, 0, n] + shift[m, 0, n], k, values["table"][m, n])
+        for name, value in values.items():
+            self.parts[name].assign(value)
+
+    def remove(self, keep: int, rows: np.ndarray) -> None:
+        """Keep in each member the `keep` neurons whose outputs vary most over `rows` (n, features).
+
+        The mean output of those that are removed goes into the offset.
+        """
+        values = {name: variable.numpy() for name, variable in self.parts.items()}
+        outputs = self.outputs(self.inputs(rows))[0].numpy()
+        order = np.argsort(-outputs.var(axis=1), axis=1)
+        kept, gone = np.sort(order[:, :keep], axis=1), order[:, keep:]
+        values["offset"] += np.take_along_axis(outputs.mean(axis=1), gone, 1).sum(axis=1)[:, None, None]
+        for name in ("kernel", "scale", "bias"):
+            values[name] = np.take_along_axis(values[name], kept[:, None], axis=2)
+        values["table"] = np.take_along_axis(values["table"], kept[:, :, None], axis=1)
+        self._set(values)
+
+    def networks(self, X: np.ndarray) -> list[QuantizedNetwork]:
+        """As Ensemble's."""
+        parts, found = {name: variable.numpy().astype(np.float64) for name, variable in self.parts.items()}, []
+        k = np.arange(-self.half, self.half)
+        for m, (bits, input_bits) in enumerate(zip(self.bits.ravel(), self.input_bits.ravel())):
+            step, hidden = float(self.input_step[m, 0, 0]), ()
+            if self.neurons:
+                scale, unit, table = np.exp(parts["scale"][m]), self.unit(self.range_bits)[m], parts["table"][m]
+                weights = integers(parts["kernel"][m] / scale, bits)
+                bias = np.rint(parts["bias"][m, 0] / (step * scale[0])).astype(np.int32)
+
+                def trained(accumulator: np.ndarray, unit: Any = unit, table: Any = table) -> np.ndarray:
+                    entries = [np.interp(a, k, t) for a, t in zip((accumulator / unit).T, table)]
+                    return np.rint(np.array(entries).T / SUM_STEP)
+
+                top = largest_integer(input_bits)
+                x = np.clip(np.rint(X / step), -top, top)
+                aim = int(self.range_bits[m, 0, 0])
+                hidden = (hidden_layer(x, weights, bias, trained, SUM_STEP, aim, self.rounding_bits)[1],)
+            scale = float(np.exp(parts["linear_scale"][m, 0, 0]))
+            linear = integers(parts["linear"][m, :, 0] / scale, bits)
+            ones = np.ones(self.neurons, np.int32)
+            last = LastLayer(ones, 1.0, linear, scale, float(parts["offset"][m, 0, 0]))
+            network = QuantizedNetwork(int(bits), self.rounding_bits, self.p_error, int(input_bits), step, hidden, last)
+            found.append(network)
+        return found
