@@ -6,9 +6,10 @@ decides, while one-shot pruning (--fine-tune-epochs 0) ranks by zeros throughout
 neuron is folded into the next layer's bias. Layers narrower than --min-width are removed, and the others get their
 neurons: an encrypted neuron costs the same in any layer, and a narrow layer passes few bits.
 
-Then the networks, the smallest first, are trained once more at 2 to 7 bits as the encrypted graph computes them, with
-the baseline as their teacher, until ten stay within --max-loss of the baseline on validation data. Rank 1 is the one
-of the lowest cost among them; the networks larger than those could only cost more.
+Then networks of as many neurons, from TABLES on, are trained at 2 to 7 bits as the encrypted graph computes them, with
+the baseline as their teacher: each neuron is a table that is learned, beside a linear path (--activation relu: the
+float networks quantized instead, the smallest first, until ten are within --max-loss). Networks within --max-loss of
+the baseline on validation data are ranked by their cost, the others by accuracy; ten are kept.
 
 Reads   tf_pruned_model.h5 and MLP_model_0.h5 in --workdir (steps 1 and 2 make them) and the arrays in --data-dir
 Writes  to --workdir: ten pruned_model_top_{rank}_prune_{percent}_acc_{validation accuracy}.h5, each with its quantized
@@ -80,7 +81,7 @@ ACTIVATIONS = ("table", "relu")  # what a quantized neuron computes: what it lea
 TABLES = 40  # neurons from which networks of tables start; more gain nothing
 QUANTIZATION_EPOCHS = 30  # of quantization-aware training, for each rate; 60 gain nothing
 ROUNDING_BITS = 6  # of an accumulator that its bootstrap sees; at the same cost, 5 are 0.1 points worse, 4 more
-P_ERROR = 2.0**-6  # chance that one bootstrap is off by a step; 2^-13 costs 30 % more and gains 0.1 points at most
+P_ERROR = 2.0**-6  # chance that one bootstrap is off by a step; 2^-13 costs twice as much and gains up to 0.2 points
 TRIALS = 3  # trainings of each number of bits, side by side
 REMOVAL_ROWS = 3000  # training rows that show which tables vary least
 SAME_COST = 0.01  # relative difference of complexity that nobody would notice

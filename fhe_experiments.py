@@ -374,7 +374,8 @@ def described_settings(args: argparse.Namespace, experiment: Experiment, referen
         "patients of the test set": experiment.patients,
         "encrypted and simulated rows": "drawn by class and record, half of them N, so harder than the test set",
         "*_low95, *_high95": "95 % intervals; of the test set by a bootstrap over records, of encrypted rows Wilson's",
-        "calibration": f"{CALIBRATION_ROWS} training rows and those of each accumulator's minimum and maximum",
+        "calibration": "of step 3's networks, the training rows of each integer's minimum and maximum; of others, "
+        f"{CALIBRATION_ROWS} drawn training rows",
         "default PTQ": f"{reference.stem}, n_bits only, {DEFAULT_PTQ_ROWS} training rows as calibration",
         "complexity_ratio_default_ptq": "complexity of default PTQ, at the fewest bits whose validation accuracy is "
         f"within {100 * args.max_loss:g} points of its best, divided by this complexity",
