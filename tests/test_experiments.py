@@ -356,7 +356,8 @@ def quantized_run(arrays, tmp_path_factory):
     step3.fine_tune(model, data["train"], even, 2, 0)
     form = {"bits": [3, 3], "rounding_bits": 5, "p_error": float(EXACT), "X": data["train"][0]}
     lesson = step3.Lesson(data, data["train"][1], even, 0.0, 2, 42)
-    found = step3.quantize_tables({90: 4}, networks.dense_layers(model), form, lesson)[90]
+    layers = networks.dense_layers(model)
+    found = step3.quantize_tables({90: layers}, layers, form, lesson)[90]
     three = found.loc[found["chosen"], "network"]
     assert len(three) == 1
     path = folder / "pruned_model_top_1_prune_90_acc_0.9.h5"

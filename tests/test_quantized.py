@@ -47,10 +47,12 @@ def ensemble(keras_once, request):
     form = {"bits": BITS, "rounding_bits": 4, "p_error": 2.0**-13, "X": random_rows(500), "dtype": "float64"}
     if request.param == "relu":
         return qat.ReluEnsemble(float_layers((32, 12, 7, 1)), **form)
+    if request.param == "linear":
+        return tables.LinearEnsemble(float_layers((32, 1)), **form)
     made, rng = tables.TableEnsemble(float_layers((32, 9, 1)), **form), np.random.default_rng(7)
     for name, size in (("linear", 0.1), ("table", 0.4)):  # tables that no ReLU has
         made.parts[name].assign_add(rng.normal(0, size, made.parts[name].shape))
-    made.remove(5 if request.param == "table" else 0, random_rows(300))
+    made.remove(5, random_rows(300))
     made.fit_ranges(random_rows(500))
     return made
 
@@ -87,7 +89,7 @@ def test_training_integers_and_the_circuit_agree_exactly(ensemble, members, memb
     np.testing.assert_allclose(trained[inside], reference[inside], atol=1e-6)
     np.testing.assert_allclose(imported, reference, atol=1e-6)
     assert len(np.unique(reference)) > 4
-    neurons = {qat.ReluEnsemble: [12, 7], tables.TableEnsemble: [5] if network.hidden else []}[type(ensemble)]
+    neurons = {qat.ReluEnsemble: [12, 7], tables.TableEnsemble: [5], tables.LinearEnsemble: []}[type(ensemble)]
     assert [total.shape[1] for total in sums[: len(neurons)]] == neurons
     assert module.fhe_circuit.programmable_bootstrap_count == network.pbs() == sum(neurons)
     parts = module.forward(rows[:1].astype(np.float64), fhe="disable")
@@ -155,6 +157,19 @@ def test_all_accumulators_lie_in_the_range_after_fitting(keras_once):
     ensemble.fit_ranges(wide)
     for network, bits in zip(ensemble.networks(wide), aim):
         assert network.hidden[0].accumulator_bits <= bits
+
+
+def test_sums_of_tables_keep_to_their_bits_and_the_function_nearly_stays(keras_once):
+    X = random_rows(500)
+    ensemble = tables.TableEnsemble(float_layers((32, 6, 1)), [4, 7], 5, 2.0**-6, X, "float64")
+    ensemble.parts["table"].assign(60 * ensemble.parts["table"])
+    wide = ensemble.outputs(ensemble.inputs(X))[0].numpy().sum(axis=2)
+    assert (np.abs(wide).max(axis=1) > 1.1 * tables.MOST).all()
+    for network, tf_sum in zip(ensemble.networks(X), wide):
+        layer, total = network.hidden[0], network.run(X)[1][1]
+        assert q.signed_bits(total) <= tables.SUM_BITS and q.signed_bits(layer.table) <= tables.SUM_BITS
+        np.testing.assert_allclose(total[:, 0] * layer.step, tf_sum, atol=6 * layer.step)
+        assert network.predicted_complexity(X) == 6 * q.pbs_complexity(2.0**-6, 5, tables.SUM_BITS)
 
 
 def test_signed_bits_are_those_of_concrete():
