@@ -1,4 +1,7 @@
-"""One network as a TFHE circuit: compilation with Concrete ML, cost, simulation, keys, encrypted runs."""
+"""One network as a TFHE circuit: compilation with Concrete ML, cost, simulation, keys, encrypted runs.
+
+A quantized network without neurons is no circuit but one packed product (packed.py); the functions here take both.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,12 @@ from fhe_mlp.arrays import Arrays
 from fhe_mlp.cli import first_line, machine_facts
 from fhe_mlp.configuration import REMEDY, Configuration, Setting
 from fhe_mlp.graphs import from_onnx
+from fhe_mlp.packed import PackedNetwork
 
 if TYPE_CHECKING:
     from concrete.ml.quantization import QuantizedModule
+
+    from fhe_mlp.quantized import QuantizedNetwork
 
 MEASURED_NEURONS = 32  # of the layer that measures the machine; enough to keep its cores busy
 MEASURED_ROUNDING_BITS = 5  # of it at most; step 3's networks keep no more
@@ -83,8 +89,10 @@ def quantize(configuration: Configuration) -> QuantizedModule:
 
 
 @same_signal_handlers()
-def compile_circuit(configuration: Configuration) -> QuantizedModule:
+def compile_circuit(configuration: Configuration) -> QuantizedModule | PackedNetwork:
     """The configuration quantized and compiled to TFHE. Raises one of CIRCUIT_ERRORS where Concrete cannot do it."""
+    if (network := network_of(configuration)) and not network.hidden:
+        return PackedNetwork(network)
     module = quantize(configuration)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -92,27 +100,36 @@ def compile_circuit(configuration: Configuration) -> QuantizedModule:
     return module
 
 
-def cost(configuration: Configuration) -> tuple[dict[str, Any], QuantizedModule | None]:
+def network_of(configuration: Configuration) -> QuantizedNetwork | None:
+    """The network that step 3 quantized, None where Concrete ML quantizes."""
+    import onnx
+
+    return from_onnx(onnx.load_from_string(configuration.graph)) if configuration.trained else None
+
+
+def cost(configuration: Configuration) -> tuple[dict[str, Any], QuantizedModule | PackedNetwork | None]:
     """What compiling shows, with "status" and "reason", and the circuit if there is one."""
     started = time.perf_counter()
     try:
         module = compile_circuit(configuration)
     except CIRCUIT_ERRORS as error:
         return {"status": "cannot compile", "reason": first_line(error)}, None
-    circuit = module.fhe_circuit
-    pbs = circuit.programmable_bootstrap_count
-    facts = {
-        "rounding_bits": configuration.rounding_bits,
-        "compile_time": time.perf_counter() - started,
-        "pbs": pbs,
+    facts = {"rounding_bits": configuration.rounding_bits, "compile_time": time.perf_counter() - started}
+    if isinstance(module, PackedNetwork):
+        facts |= module.facts()
+    else:
+        circuit = module.fhe_circuit
+        facts |= {
+            "pbs": circuit.programmable_bootstrap_count,
+            "complexity": circuit.complexity,
+            "widest_integer_bits": circuit.graph.maximum_integer_bit_width(),
+            "evaluation_keys_MB": key_bytes(circuit) / 1e6,
+            "security_bits": int(circuit.configuration.security_level),
+        }
+    facts |= {
         "p_error": configuration.p_error,
-        "p_any_pbs_off": 1 - (1 - configuration.p_error) ** pbs,
-        "complexity": circuit.complexity,
-        "widest_integer_bits": circuit.graph.maximum_integer_bit_width(),
-        "evaluation_keys_MB": key_bytes(circuit) / 1e6,
-        "security_bits": int(circuit.configuration.security_level),
-        "secret_keys_kB": circuit.size_of_secret_keys / 1e3,
-        "predicted_memory_MB": key_bytes(circuit) * MEMORY_PER_KEY_BYTE / 1e6,
+        "p_any_pbs_off": 1 - (1 - configuration.p_error) ** facts["pbs"],
+        "predicted_memory_MB": facts["evaluation_keys_MB"] * MEMORY_PER_KEY_BYTE,
         "status": "ok",
         "reason": "",
     }
@@ -127,7 +144,7 @@ def plan_circuit(configuration: Configuration) -> dict[str, Any]:
     return facts
 
 
-def take_circuit(configuration: Configuration) -> QuantizedModule:
+def take_circuit(configuration: Configuration) -> QuantizedModule | PackedNetwork:
     """The circuit that plan_circuit kept; compiled now where another process, or none, did."""
     return _PLANNED.pop(configuration.key, None) or compile_circuit(configuration)
 
@@ -138,8 +155,10 @@ def key_bytes(circuit: Any) -> int:
 
 
 @same_signal_handlers()
-def outputs(module: QuantizedModule, X: np.ndarray, mode: str) -> np.ndarray:
+def outputs(module: QuantizedModule | PackedNetwork, X: np.ndarray, mode: str) -> np.ndarray:
     """Outputs (n,) for rows X (n, features): mode "disable" is cleartext, "simulate" has the noise of p_error."""
+    if isinstance(module, PackedNetwork):
+        return module.outputs(X)
     if mode == "disable" or module.fhe_circuit.packing_key_switch_count:  # wide tables, simulated by Concrete ML only
         return total(module.forward(X.astype(np.float64), fhe=mode))
     # Concrete ML would ask for the circuit's statistics before every row, which takes longer than the row.
@@ -159,7 +178,7 @@ def total(outputs: np.ndarray | tuple[np.ndarray, ...]) -> np.ndarray:
 
 
 def accuracies(
-    module: QuantizedModule,
+    module: QuantizedModule | PackedNetwork,
     configuration: Configuration,
     data: Arrays,
     simulated: np.ndarray,
@@ -171,13 +190,10 @@ def accuracies(
 
     Raises ValueError when the circuit of a network that step 3 quantized does not decide as that network does.
     """
-    import onnx
-
     (X_val, y_val), (X, y) = data["val"], data["test"]
     threshold = configuration.setting.threshold
     decisions, noisy = outputs(module, X, "disable") > threshold, {}
-    if configuration.trained:
-        network = from_onnx(onnx.load_from_string(configuration.graph))
+    if network := network_of(configuration):
         if not np.array_equal(decisions, network.run(X)[0] > 0):
             raise ValueError(f"the circuit does not decide as the network of step 3 does; {REMEDY}")
         for part, rows in (("validation", (X_val, y_val)), ("test_set", (X, y))):
@@ -197,16 +213,21 @@ def accuracies(
 
 
 @same_signal_handlers()
-def make_keys(module: QuantizedModule) -> float:
+def make_keys(module: QuantizedModule | PackedNetwork) -> float:
     """Make new keys; returns the seconds it took."""
     started = time.perf_counter()
-    module.fhe_circuit.keygen(force=True)
+    if isinstance(module, PackedNetwork):
+        module.make_keys()
+    else:
+        module.fhe_circuit.keygen(force=True)
     return time.perf_counter() - started
 
 
 @same_signal_handlers()
-def run_encrypted(module: QuantizedModule, row: np.ndarray) -> dict[str, float]:
+def run_encrypted(module: QuantizedModule | PackedNetwork, row: np.ndarray) -> dict[str, float]:
     """One row (features,) encrypted, run and decrypted with the module's keys: output, seconds of each part, bytes."""
+    if isinstance(module, PackedNetwork):
+        return module.run_encrypted(row)
     circuit = module.fhe_circuit
     started = time.perf_counter()
     encrypted = circuit.encrypt(module.quantize_input(row[None].astype(np.float64)))
@@ -243,7 +264,7 @@ def prepare(
     beats: pd.DataFrame | None,
     limit: float,
     tick: Callable,
-) -> tuple[dict[str, Any], QuantizedModule | None]:
+) -> tuple[dict[str, Any], QuantizedModule | PackedNetwork | None]:
     """What holds for all batches of a configuration (cleartext and simulated accuracy, keys), and its circuit.
 
     One encrypted run unpacks the keys, and stops a configuration that takes more than `limit` seconds after all.

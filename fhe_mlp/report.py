@@ -197,7 +197,7 @@ def summarize(rows: pd.DataFrame, predictions: pd.DataFrame, reference: float) -
         found.append(row)
     table = pd.DataFrame(found).drop(columns="fhe_time", errors="ignore")
     cost = table["complexity"] = pd.to_numeric(table["complexity"])
-    table["complexity_ratio_default_ptq"] = reference / cost
+    table["complexity_ratio_default_ptq"] = reference / cost.where(cost > 0)
     compiled = cost.notna() & table["balanced_accuracy_validation"].notna()
     distinct = table[compiled].drop_duplicates(["model_name", "q_bits"])
     accuracy = distinct["noisy_balanced_accuracy_validation"].fillna(distinct["balanced_accuracy_validation"])
@@ -282,7 +282,7 @@ def plot_frontier(summary: pd.DataFrame, others: pd.DataFrame, path: Path) -> No
         (axes[0], "complexity", "complexity", "complexity of one encrypted beat"),
         (axes[1], "run_seconds", "seconds", "seconds a beat, median"),
     ):
-        table = summary[summary[cost].notna()] if cost in summary else summary[:0].assign(**{cost: []})
+        table = summary[summary[cost] > 0] if cost in summary else summary[:0].assign(**{cost: []})
         for bits, group in table.groupby("q_bits"):
             axis.scatter(
                 group[cost], drawn_at(group["balanced_accuracy_test_set"]), s=28, label=f"{bits} bits", zorder=3

@@ -1,8 +1,8 @@
 """What this pipeline gives against what else a user could pick, measured in one run on the same arrays.
 
 Measured are the configurations on the front of the last run of step 5, default PTQ (the best float network of step 3
-with n_bits only), Concrete ML's own models, linear models on public maps of the features (no bootstrap, packed into one
-ciphertext by concrete_ml_extensions) and an MLP with square activation under CKKS (TenSEAL). Accuracy is that of the
+with n_bits only), Concrete ML's own models, linear networks on public maps of the features (no bootstrap; steps 1 to 5
+make them with --expand) and an MLP with square activation under CKKS (TenSEAL). Accuracy is that of the
 quantized model on the whole test set; seconds are encrypted, one beat at a time, with all that the client does; where
 beats are packed, beats a second are given instead. Bytes are those of one beat, without keys.
 Rivals are trained on the draws and with the noise of step 1.
@@ -18,7 +18,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +28,22 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import dynamic_pruning_eval as step3  # noqa: E402
 import fhe_experiments as step5  # noqa: E402
 import MLP_model_0 as step1  # noqa: E402
 from fhe_mlp import circuit, cli, ec57, expansion, networks, report  # noqa: E402
-from fhe_mlp.arrays import rows_of, training_probability  # noqa: E402
+from fhe_mlp.arrays import CLIP_SD, rows_of, training_probability  # noqa: E402
 from fhe_mlp.configuration import DEFAULT_PTQ, Configuration, load_configuration  # noqa: E402
+from fhe_mlp.packed import PackedNetwork  # noqa: E402
+from fhe_mlp.quantized import BITS  # noqa: E402
 from fhe_mlp.store import Store  # noqa: E402
+from fhe_mlp.tables import LinearEnsemble  # noqa: E402
 
 SAMPLES = 1000  # encrypted beats of each model at most, which the fast ones reach
 FEWEST_SAMPLES = 10  # of a model that takes longer than SAMPLING_SECONDS
 SAMPLING_SECONDS = 30.0
 BUDGET_SECONDS = 10.0  # predicted for a beat, above which a model is not run encrypted
-MAPS = ("products", "fourier:512", "fourier:2048")  # public ones, of the linear models
-FEATURE_STEPS = 63  # of a mapped feature on each side of 0: 7 bits
-WEIGHT_STEPS = 127  # of a linear weight: 8 bits; 2,048 products of the two stay under the 27 bits that are reserved
-WIDEST_SHARE = 0.999  # of a mapped feature's training values that FEATURE_STEPS cover; products have long tails
-PENALTIES = (0.1, 1.0, 10.0, 100.0)  # C of logistic regression, tried on validation rows from strong to weak
-ITERATIONS = 400  # of logistic regression at most
+MAPS = ("products", "fourier:512", "fourier:2048")  # public ones, of the linear networks
 CKKS_EPOCHS = 60
 CKKS_BATCH = 4096  # beats: the slots of a ciphertext with ring 8192
 NOTHING = "nothing"  # that a client computes besides scaling, encryption, decryption and the sign of the answer
@@ -212,92 +210,44 @@ def concrete_ml_models(data: Row, speed: Row, seed: int) -> Iterator[Row]:
 
 
 def noisy(data: Row, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The training part, its features with the noise that rivals are trained with."""
+    """The training part, its features with the noise that Concrete ML's models are trained with."""
     X, y = data["train"]
     return X + data["noise"] * np.random.default_rng(seed).standard_normal(X.shape, dtype=np.float32), y
 
 
-def in_steps(mapped: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Mapped features (n, columns) as whole numbers of steps; scale: (columns,) steps of a unit."""
-    return np.clip(np.rint(mapped * scale), -FEATURE_STEPS, FEATURE_STEPS)
-
-
-@dataclass(frozen=True)
-class PackedLinear:
-    """A linear model on a public map of the features, in integers."""
-
-    map: str  # as expansion.expand has it
-    scale: np.ndarray  # (columns,) integer steps of a unit of each mapped feature
-    weights: np.ndarray  # (columns, 1) int64
-    bias: int  # added by the client to the decrypted sum
-
-    def integers(self, X: np.ndarray) -> np.ndarray:
-        """What the client encrypts of rows X (n, features): (n, columns) int64."""
-        return in_steps(expansion.expand(X, self.map), self.scale).astype(np.int64)
-
-    def run(self, X: np.ndarray) -> np.ndarray:
-        """Cleartext outputs (n,), whose sign decides."""
-        return (self.integers(X) @ self.weights)[:, 0] + self.bias
-
-
-def train_linear(spec: str, data: Row, seed: int) -> PackedLinear:
-    """Logistic regression on the quantized map, weights quantized; the penalty is chosen on validation rows."""
-    from sklearn.linear_model import LogisticRegression
-
-    X, y = noisy(data, seed)
-    mapped = expansion.expand(X, spec)
-    widest = np.quantile(np.abs(mapped), WIDEST_SHARE, axis=0)
-    scale = (FEATURE_STEPS / np.where(widest > 0, widest, 1)).astype(np.float32)
-    Z = in_steps(mapped, scale) / FEATURE_STEPS
-    model = LogisticRegression(warm_start=True, max_iter=ITERATIONS)  # each penalty starts from the one before
-    candidates = []
-    for penalty in PENALTIES:
-        model.set_params(C=penalty).fit(Z, y, sample_weight=data["probability"] * len(X))
-        step = np.abs(model.coef_).max() / WEIGHT_STEPS
-        weights = np.rint(model.coef_.T / step).astype(np.int64)
-        candidates.append(PackedLinear(spec, scale, weights, round(model.intercept_[0] * FEATURE_STEPS / step)))
-    X_val, y_val = data["val"]
-    return max(candidates, key=lambda one: ec57.balanced_accuracy(one.run(X_val) > 0, y_val))
-
-
 def packed_linear(data: Row, seed: int) -> Iterator[Row]:
-    """Linear models on public maps: all columns of a beat in one GLWE ciphertext, one product with known weights."""
-    import concrete_ml_extensions as glwe
-
-    parameters = glwe.MatmulCryptoParameters.deserialize(glwe.default_params())
-    started = time.perf_counter()
-    secret_key, server_key = glwe.create_private_key(parameters)
-    keygen_time = time.perf_counter() - started
+    """What steps 3 to 5 make of no neurons on each public map, with the baseline's decisions as teacher."""
     for spec in MAPS:
-        model = train_linear(spec, data, seed)
-        weights = model.weights.astype(np.uint64)  # negative numbers modulo 2^64
-
-        def encrypt(x: np.ndarray, model: PackedLinear = model) -> Any:
-            return glwe.encrypt_matrix(secret_key, parameters, model.integers(x[None]).astype(np.uint64))
-
-        def multiply(sent: Any, weights: np.ndarray = weights) -> Any:
-            return glwe.matrix_multiplication(encrypted_matrix=sent, data=weights, compression_key=server_key)
-
-        def run(
-            x: np.ndarray, encrypt: Callable = encrypt, multiply: Callable = multiply, bias: int = model.bias
-        ) -> int:
-            answer = glwe.decrypt_matrix(multiply(encrypt(x)), secret_key, parameters, 1)
-            return int(answer.astype(np.int64)[0, 0]) + bias
-
-        accuracies = {
-            split: ec57.balanced_accuracy(model.run(data[split][0]) > 0, data[split][1]) for split in ("val", "test")
+        mapped: Row = {
+            split: (expansion.expand_scaled(data[split][0], spec, CLIP_SD), data[split][1])
+            for split in ("train", "val", "test")
         }
-        sent = encrypt(data["drawn"][0][0])
+        layers = step3.fit_linear(mapped, data["probability"], data["noise"], seed)
+        form = {"rounding_bits": step3.ROUNDING_BITS, "p_error": step3.P_ERROR, "X": mapped["train"][0]}
+        ensemble = LinearEnsemble(layers, bits=[BITS[-1]] * step3.TRIALS, **form)
+        epochs = step3.QUANTIZATION_EPOCHS
+        lesson = step3.Lesson(mapped, data["teacher"], data["probability"], data["noise"], epochs, seed)
+        found = lesson.train(ensemble, spec)
+        best = found[found["chosen"]].iloc[0]
+        module = PackedNetwork(best["network"])
+        keygen_time = circuit.make_keys(module)
+
+        def run(x: np.ndarray, spec: str = spec, module: PackedNetwork = module) -> float:
+            return circuit.run_encrypted(module, expansion.expand_scaled(x[None], spec, CLIP_SD)[0])["output_fhe"]
+
+        drawn = expansion.expand_scaled(data["drawn"][0], spec, CLIP_SD)
+        sizes = circuit.run_encrypted(module, drawn[0])
         yield {
             "name": f"linear on {spec}, packed",
             "kind": "linear on a public map",
-            "balanced_accuracy": accuracies["test"],
-            "balanced_accuracy_validation": accuracies["val"],
+            "balanced_accuracy": best["test_balanced_accuracy"],
+            "balanced_accuracy_validation": best["val_balanced_accuracy"],
             "pbs": 0,
             "keygen_time": keygen_time,
-            "client_computes": f"a public map to {len(weights)} numbers",
-            **traffic(sent, multiply(sent)),
-            **timed(run, data, model.run(data["drawn"][0]) > 0, 0),
+            "client_computes": f"a public map to {drawn.shape[1]} numbers",
+            "up_kB": sizes["input_bytes"] / 1e3,
+            "down_kB": sizes["output_bytes"] / 1e3,
+            **timed(run, data, module.outputs(drawn) > 0, 0.0),
         }
 
 
@@ -386,6 +336,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     drawn = experiment.order[:SAMPLES]  # stratified, and so is every beginning of it
     data["drawn"] = (X[drawn], y[drawn])
     data["probability"] = training_probability(rows_of(args.data_dir, experiment.data)[0])
+    baseline = networks.load_mlp(args.workdir / "MLP_model_0.h5", "python MLP_model_0.py", X.shape[1])
+    data["teacher"] = baseline(data["train"][0]).numpy()[:, 0]
     data["noise"] = step1.NOISE_UNSEEN if experiment.patients == "unseen patients" else step1.NOISE
     with Store(args.workdir / step5.DATABASE) as store, warnings.catch_warnings(), tqdm(desc="models") as bar:
         warnings.simplefilter("ignore")  # scikit-learn's and skorch's own deprecations

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from fhe_mlp.ecg_features import EXPECTED_LEADS, FEATURES  # noqa: E402
 
 STATUS = pytest.StashKey[int]()
 BEAT_COUNT = 60
@@ -209,3 +213,37 @@ def pytest_unconfigure(config):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(config.stash.get(STATUS, 3))
+
+
+def call(folder, script, *argv, status=0):
+    """Run one side's script in its own folder, without this checkout; what it printed, of a refusal the one line."""
+    command = [sys.executable, "-E", "-s", script, *map(str, argv)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    lines = [line for line in done.stderr.splitlines() if not re.search("CUDA|KeySetCache", line)]
+    if not status:
+        return done.stdout
+    assert len(lines) == 1, lines
+    assert done.stdout == ""
+    return lines[0]
+
+
+def describe(features):
+    """What the script passes to export, for a network of as many features."""
+    return {
+        "name": f"small with {features} features",
+        "output": "logit",
+        "threshold": 0.0,
+        "p_error": 2.0**-40,
+        "security_bits": 128,
+        "test_balanced_accuracy": 0.9876,
+        "test_rows": 12345,
+        "complexity": 1.5e9,
+        "pbs": 3,
+        "expand": "none",
+        "leads": EXPECTED_LEADS,
+        "features": FEATURES
+        if features == len(FEATURES)
+        else [{"name": f"ampl, {k}", "unit": "mV", "formula": "as measured"} for k in range(features)],
+        "scaler": {"mean": list(range(features)), "sd": [0.5] * features, "clip_sd": 3.0},
+    }

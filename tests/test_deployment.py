@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 import pytest
 import wfdb
-from conftest import ROOT, make_record, small_network
+from conftest import ROOT, call, describe, make_record, small_network
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -31,12 +31,11 @@ from fhe_mlp import circuit, deployment
 from fhe_mlp.arrays import apply_scaler
 from fhe_mlp.cli import InputError
 from fhe_mlp.configuration import Setting, load_configuration, quantized_path
-from fhe_mlp.ecg_features import EXPECTED_LEADS, FEATURES
 from fhe_mlp.graphs import to_onnx
 from fhe_mlp.quantized import HiddenLayer, LastLayer, QuantizedNetwork, signed_bits
 
 sys.path.insert(0, str(ROOT / "fhe_mlp" / "deployment"))
-sys.path.append(str(ROOT / "fhe_mlp"))  # of which an export has records.py and ecg_features.py
+sys.path.append(str(ROOT / "fhe_mlp"))  # of which an export has some files
 import answers
 import boxes
 import client
@@ -48,40 +47,6 @@ SETTING = Setting(4, 2.0**-40, 0.0)
 RNG = np.random.default_rng(0)
 X = np.clip(RNG.normal(size=(300, 32)), -3, 3).astype(np.float32)
 NAMES = ["a", "b", "c"]  # of the features in the tests of the .csv reader
-
-
-def call(folder, script, *argv, status=0):
-    """Run one side's script in its own folder, without this checkout; what it printed, of a refusal the one line."""
-    command = [sys.executable, "-E", "-s", script, *map(str, argv)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == status, done.stderr
-    lines = [line for line in done.stderr.splitlines() if not re.search("CUDA|KeySetCache", line)]
-    if not status:
-        return done.stdout
-    assert len(lines) == 1, lines
-    assert done.stdout == ""
-    return lines[0]
-
-
-def describe(features):
-    """What the script passes to export, for a network of as many features."""
-    return {
-        "name": f"small with {features} features",
-        "output": "logit",
-        "threshold": 0.0,
-        "p_error": SETTING.p_error,
-        "security_bits": 128,
-        "test_balanced_accuracy": 0.9876,
-        "test_rows": 12345,
-        "complexity": 1.5e9,
-        "pbs": 3,
-        "expand": "none",
-        "leads": EXPECTED_LEADS,
-        "features": FEATURES
-        if features == len(FEATURES)
-        else [{"name": f"ampl, {k}", "unit": "mV", "formula": "as measured"} for k in range(features)],
-        "scaler": {"mean": list(range(features)), "sd": [0.5] * features, "clip_sd": 3.0},
-    }
 
 
 def table_network():
@@ -379,9 +344,10 @@ class FakeServer:
 
 
 def test_a_worker_of_another_version_and_a_scheduler_that_does_not_answer_are_refused(sides, monkeypatch):
+    network = (sides[1] / "server.zip").read_bytes()
     for name in ("python", "concrete-ml"):
         with pytest.raises(ValueError, match=rf"{os.uname().nodename}: its {name} is .*, the server's is 0\.1"):
-            compute.load({**compute.versions(), name: "0.1"}, b"", b"")
+            compute.load({**compute.versions(network), name: "0.1"}, network, b"")
     monkeypatch.setattr(server_side, "CONNECT_SECONDS", 1)
     for address in ("tcp://127.0.0.1:9", "nonsense"):
         with pytest.raises(boxes.Refusal, match="python -m dask worker"):

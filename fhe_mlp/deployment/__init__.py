@@ -1,7 +1,7 @@
 """What a hospital and a server need to use one compiled network, written into a new folder.
 
-client.py, server.py, compute.py and boxes.py run there without this package; the client gets copies of its rooms that
-read records.
+client.py, server.py, compute.py and boxes.py run there without this package; both sides get a copy of packing.py, the
+client also of the rooms that read records.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fhe_mlp import packing
 from fhe_mlp.cli import InputError, sha256
+from fhe_mlp.packed import PackedNetwork
 
 if TYPE_CHECKING:
     from concrete.ml.quantization import QuantizedModule
@@ -38,7 +40,7 @@ def check_new(folder: Path) -> None:
         raise InputError(f"{folder}: {parent} cannot be written; name another folder with --export")
 
 
-def export(module: QuantizedModule, model: dict[str, Any], X: np.ndarray, folder: Path) -> None:
+def export(module: QuantizedModule | PackedNetwork, model: dict[str, Any], X: np.ndarray, folder: Path) -> None:
     """Write client/, server/ and README.md into the new `folder`, all or nothing.
 
     module: compiled. model: what model.json tells the client: name, output ("logit" or "probability"), threshold,
@@ -53,10 +55,17 @@ def export(module: QuantizedModule, model: dict[str, Any], X: np.ndarray, folder
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         whole = Path(temporary) / "whole"
         client, server = whole / "client", whole / "server"
-        FHEModelDev(str(client), module).save()
-        server.mkdir()
-        shutil.move(client / "server.zip", server)
-        model = {"model": sha256(server / "server.zip"), "outputs": len(module.fhe_circuit.graph.output_nodes), **model}
+        server.mkdir(parents=True)
+        if isinstance(module, PackedNetwork):
+            client.mkdir()
+            linear, network = module.describe()
+            (server / "server.zip").write_bytes(network)
+            outputs = 1
+        else:
+            FHEModelDev(str(client), module).save()
+            shutil.move(client / "server.zip", server)
+            linear, outputs = None, len(module.fhe_circuit.graph.output_nodes)
+        model = {"model": sha256(server / "server.zip"), "outputs": outputs, "linear": linear, **model}
         (client / "model.json").write_text(json.dumps(model, indent=1) + "\n")
         with (client / "example_beats.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -77,9 +86,11 @@ def export(module: QuantizedModule, model: dict[str, Any], X: np.ndarray, folder
         (whole / "README.md").write_text(readme, encoding="utf-8")
         for side in (client, server):
             (side / "README.md").write_text(readme, encoding="utf-8")
-            packages = ("concrete-ml", *(["wfdb", "matplotlib"] if side == client else ["distributed"]))
+            library = packing.LIBRARY if linear else "concrete-ml"
+            packages = (library, *(["wfdb", "matplotlib"] if side == client else ["distributed"]))
             (side / "requirements.txt").write_text("".join(f"{name}=={version(name)}\n" for name in packages))
-            shutil.copy(HERE / "boxes.py", side)
+            for path in (HERE / "boxes.py", HERE.parent / "packing.py"):
+                shutil.copy(path, side)
         for name in ("server.py", "compute.py"):
             shutil.copy(HERE / name, server)
         for path in (*(HERE / name for name in CLIENT_ONLY), *(HERE.parent / name for name in CLIENT_COPIES)):

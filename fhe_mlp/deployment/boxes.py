@@ -9,6 +9,7 @@ written and read one at a time, so that memory does not grow with their number.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -23,12 +24,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+import packing
+
 BOX_VERSION = 2  # of the layout of a box
 PAYLOADS, HEADER = "payloads.bin", "header.json"  # the entries of the .zip
 FRAME = struct.Struct(">QI")  # length and CRC-32, before each payload
 NAMES = ("model", "key", "beats")  # in the header of a box; beats of evaluation keys: 0, for any
 HEADER_BYTES = 10_000  # of header.json at most; ours has about 150
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+Check = Callable[[bytes], bool]
 
 
 class Refusal(Exception):
@@ -96,6 +100,11 @@ def is_message(payload: bytes) -> bool:
     return len(payload) == -(-table // 8) * 8 + 8 * sum(struct.unpack_from(f"<{segments}I", payload, 4))
 
 
+def whole(linear: Mapping[str, Any] | None, kind: str) -> Check:
+    """What says whether a payload of `kind` is whole; linear: what both sides know of a network without bootstraps."""
+    return functools.partial(packing.has_layout, wanted=linear["layouts"][kind]) if linear else is_message
+
+
 def write_box(path: Path, kind: str, names: Mapping[str, str], payloads: Iterable[bytes]) -> None:
     """Write a box, whole or not at all. Payloads are written as they come, so that they need not fit into memory.
 
@@ -126,12 +135,12 @@ def damaged(path: Path, error: Exception) -> Refusal:
     return Refusal(f"{path}: is truncated or damaged ({first_line(error)}); have it sent again")
 
 
-def read_payloads(path: Path) -> Iterator[bytes]:
-    """The payloads of a box, one at a time. Raises Refusal where one is cut short, damaged or no message."""
+def read_payloads(path: Path, is_whole: Check = is_message) -> Iterator[bytes]:
+    """The payloads of a box, one at a time. Raises Refusal where one is cut short, damaged or not whole."""
     try:
         with zipfile.ZipFile(path) as box, box.open(PAYLOADS) as entry:
             size, end = box.getinfo(PAYLOADS).file_size, 0
-            for payload in itertools.takewhile(is_message, read_frames(entry, size)):
+            for payload in itertools.takewhile(is_whole, read_frames(entry, size)):
                 end = entry.tell()
                 yield payload
             if end != size:
@@ -140,8 +149,10 @@ def read_payloads(path: Path) -> Iterator[bytes]:
         raise damaged(path, error) from None
 
 
-def read_box(path: Path, kind: str) -> tuple[dict[str, Any], Iterator[bytes]]:
+def read_box(path: Path, kind: str, is_whole: Check = is_message) -> tuple[dict[str, Any], Iterator[bytes]]:
     """Header of a box, checked as a whole, and its payloads, which are read as they are asked for.
+
+    is_whole: of a payload, before a library sees it; those of Concrete are messages.
 
     Raises Refusal for a damaged box or one of another kind, OSError for a file that cannot be opened.
     """
@@ -169,9 +180,9 @@ def read_box(path: Path, kind: str) -> tuple[dict[str, Any], Iterator[bytes]]:
     if found != (kind, BOX_VERSION):
         what = f"{str(found[0])[:40]!r}, version {str(found[1])[:10]!r}"
         raise Refusal(f"{path}: holds {what}; wanted here are {kind!r}, version '{BOX_VERSION}'")
-    if sum(1 for _ in read_payloads(path)) != count:  # now, rather than after hours of computing
+    if sum(1 for _ in read_payloads(path, is_whole)) != count:  # now, rather than after hours of computing
         raise damaged(path, ValueError("its header counts other payloads than there are"))
-    return header, read_payloads(path)
+    return header, read_payloads(path, is_whole)
 
 
 def run(main: Callable[[], None]) -> NoReturn:

@@ -6,8 +6,8 @@
 
 encrypt also takes an .edf file, with --fs a .csv file of two leads, and without it a .csv file of features, of which
 decrypt prints output, probability and decision. The three .zip files are all that travels. keys/ holds the secret key
-and stays here, as does encrypted_beats.json, which holds the beats' times. client.zip, model.json and all .py files of
-the export lie beside this file.
+and stays here, as does encrypted_beats.json, which holds the beats' times. model.json, client.zip (of a network with
+bootstraps) and all .py files of the export lie beside this file.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from typing import Any
 import answers
 import expansion
 import numpy as np
+import packing
 import recording
-from boxes import Refusal, check_output, first_line, read_box, run, same, sha256, write_box
+from boxes import Refusal, check_output, first_line, read_box, run, same, sha256, whole, write_box
 from csvfiles import read_beats
 
 HERE = Path(__file__).resolve().parent
@@ -46,12 +47,15 @@ def read_model() -> dict[str, Any]:
         raise Refusal(f"{MODEL}: cannot be used ({first_line(error)}); restore it from the export") from None
 
 
-def load_client(keys: Path) -> Any:
-    """Concrete ML's client, which reads the keys in the folder `keys`, or makes them there. Raises Refusal."""
-    from concrete.ml.deployment import FHEModelClient  # takes seconds, so only for input that is in order
-
+def load_client(model: dict[str, Any], keys: Path) -> Any:
+    """What encrypts and decrypts; it reads the keys in the folder `keys`, or makes them there. Raises Refusal."""
     try:
-        client = FHEModelClient(str(HERE), str(keys))
+        if model["linear"]:
+            client = packing.Client(model["linear"], keys)
+        else:
+            from concrete.ml.deployment import FHEModelClient  # takes seconds, so only for input that is in order
+
+            client = FHEModelClient(str(HERE), str(keys))
         client.generate_private_and_evaluation_keys()
     except (OSError, ValueError, KeyError, RuntimeError, AssertionError, zipfile.BadZipFile) as error:
         raise Refusal(f"{CLIENT}: cannot be used here ({first_line(error)})") from None
@@ -62,16 +66,16 @@ def make_keys(keys: Path, target: Path) -> None:
     """Make secret keys, readable by their owner only, and the evaluation keys for the server; both or nothing."""
     if keys.exists():
         raise Refusal(f"{keys}: is there already; what was encrypted with it can only be decrypted with it")
-    model = read_model()["model"]
+    model = read_model()
     os.umask(0o077)
     keys.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=keys.parent, prefix=f".{keys.name}.") as temporary:
         whole = Path(temporary) / "keys"
         whole.mkdir()
-        client, name = load_client(whole), secrets.token_hex(8)
+        client, name = load_client(model, whole), secrets.token_hex(8)
         files = {str(path.relative_to(whole)): sha256(path) for path in whole.rglob("*") if path.is_file()}
-        (whole / "about.json").write_text(json.dumps({"model": model, "key": name, "files": files}))
-        names = {"model": model, "key": name, "beats": "0"}
+        (whole / "about.json").write_text(json.dumps({"model": model["model"], "key": name, "files": files}))
+        names = {"model": model["model"], "key": name, "beats": "0"}
         write_box(target, "evaluation keys", names, [client.get_serialized_evaluation_keys()])
         whole.rename(keys)
 
@@ -128,7 +132,7 @@ def encrypt(
         X = read_beats(path, [feature["name"] for feature in model["features"]])
     X = scale(X, model)
     names = {"model": model["model"], "key": check_keys(keys, model["model"]), "beats": secrets.token_hex(8)}
-    client = load_client(keys)
+    client = load_client(model, keys)
     if found:  # written before the beats, which must not travel without it
         beats = f"{len(found['samples'])} beats, R peaks {found['origin']}"
         print(f"{found['record']}: {beats}; {len(X)} can be classified{answers.listed(found['not_classified'])}")
@@ -180,7 +184,7 @@ def decrypt(keys: Path, path: Path, folder: Path, given: Path | None) -> None:
     given: the .json file that encrypt wrote, if it was named.
     """
     model = read_model()
-    header, payloads = read_box(path, "encrypted answers")
+    header, payloads = read_box(path, "encrypted answers", whole(model["linear"], "encrypted answers"))
     same("model", path, header["model"], model["model"], "server.zip and client.zip must come from one export")
     name = check_keys(keys, model["model"])
     same("key", path, header["key"], name, "it can only be decrypted with the keys it was encrypted with")
@@ -190,7 +194,7 @@ def decrypt(keys: Path, path: Path, folder: Path, given: Path | None) -> None:
     found = read_times(Path("encrypted_beats.json"), given, header["beats"], count)
     if found:
         answers.check_files(folder, found["record"], found["annotations"])
-    client, decided = load_client(keys), []
+    client, decided = load_client(model, keys), []
     for parts in zip(*[payloads] * model["outputs"]):  # the logit is the sum of what the circuit returns
         try:
             outputs = client.deserialize_decrypt_dequantize(*parts)

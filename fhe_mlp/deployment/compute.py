@@ -1,4 +1,5 @@
-"""One encrypted beat after another: what a process of server.py does, or a Dask worker, to which this file is sent."""
+"""One encrypted beat after another: what a process of server.py does, or a Dask worker, to which this file and
+packing.py are sent."""
 
 from __future__ import annotations
 
@@ -8,32 +9,38 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import packing
+
 _LOADED: dict[str, Any] = {}  # the network and the evaluation keys of this process, under the keys' name
 
 
-def versions() -> dict[str, str]:
-    """What has to be the same wherever beats of one server are computed."""
-    return {"python": ".".join(platform.python_version_tuple()[:2]), "concrete-ml": version("concrete-ml")}
+def versions(network: bytes) -> dict[str, str]:
+    """What has to be the same wherever beats of one server, whose server.zip is `network`, are computed."""
+    library = packing.LIBRARY if packing.read_description(network) else "concrete-ml"
+    return {"python": ".".join(platform.python_version_tuple()[:2]), library: version(library)}
 
 
 def load(wanted: dict[str, str], network: bytes, keys: bytes | Path) -> tuple[Any, Any]:
-    """Concrete ML's server for `network`, the bytes of server.zip, and the keys, which may still be in their box.
+    """What computes `network`, the bytes of server.zip, and the keys, which may still be in their box.
 
     Raises ValueError on a machine with other versions than `wanted`.
     """
-    for name, mine in versions().items():
+    for name, mine in versions(network).items():
         if wanted[name] != mine:
             raise ValueError(f"{platform.node()}: its {name} is {mine}, the server's is {wanted[name]}; install that")
+    linear = packing.read_description(network)
+    if isinstance(keys, Path):
+        from boxes import read_payloads, whole
+
+        keys = next(read_payloads(keys, whole(linear, "evaluation keys")))
+    if linear:
+        return packing.Server(network), packing.load_keys(keys)
     from concrete.fhe import EvaluationKeys
     from concrete.ml.deployment import FHEModelServer
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "server.zip").write_bytes(network)
         server = FHEModelServer(folder)
-    if isinstance(keys, Path):
-        from boxes import read_payloads
-
-        keys = next(read_payloads(keys))
     return server, EvaluationKeys.deserialize(keys)
 
 

@@ -24,14 +24,16 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import compute
+import packing
 from boxes import (
     NAMES,
     Refusal,
@@ -43,6 +45,7 @@ from boxes import (
     run,
     same,
     sha256,
+    whole,
     write_box,
 )
 
@@ -121,6 +124,15 @@ def start() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
+def read_network() -> tuple[bytes, dict[str, Any] | None]:
+    """server.zip, and what it says of a network without bootstraps. Raises Refusal where it is damaged."""
+    content = SERVER.read_bytes()
+    try:
+        return content, packing.read_description(content)
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise Refusal(f"{SERVER}: cannot be used ({first_line(error)}); restore it from the export") from None
+
+
 def processes_here(count: int, name: str, keys: Path) -> Workers:
     """`count` processes on this machine, which share its cores; each reads the keys, called `name`, from their box.
 
@@ -128,7 +140,8 @@ def processes_here(count: int, name: str, keys: Path) -> Workers:
     """
     os.environ["OMP_NUM_THREADS"] = str(max(1, CORES // count))
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), start)
-    fixed = (name, compute.versions(), SERVER.read_bytes(), keys)
+    network, _ = read_network()
+    fixed = (name, compute.versions(network), network, keys)
     remedy = "a process was killed, perhaps for want of memory (--processes); run the same command again to resume"
     return Workers(lambda beat: pool.submit(compute.answer, *fixed, beat), lambda: count, (BrokenProcessPool,), remedy)
 
@@ -143,13 +156,15 @@ def dask_workers(address: str, name: str, keys: bytes) -> Workers:
     try:
         client = Client(address, timeout=CONNECT_SECONDS)
         client.wait_for_workers(1, timeout=CONNECT_SECONDS)
-        client.upload_file(compute.__file__)
+        for file in (packing.__file__, compute.__file__):  # in the order of their imports
+            client.upload_file(file)
     except (OSError, ValueError, TypeError, TimeoutError) as error:
         remedy = "start them with: python -m dask scheduler, and: python -m dask worker ADDRESS --nworkers -1"
         what = f"no scheduler with a worker answers ({first_line(error)})"
         raise Refusal(f"--scheduler {address}: {what}; {remedy}") from None
-    sent = client.scatter([SERVER.read_bytes(), keys], broadcast=True, hash=False)
-    fixed, pool = (name, compute.versions(), *sent), client.get_executor(pure=False)
+    network, _ = read_network()
+    sent = client.scatter([network, keys], broadcast=True, hash=False)
+    fixed, pool = (name, compute.versions(network), *sent), client.get_executor(pure=False)
     return Workers(
         lambda beat: pool.submit(compute.answer, *fixed, beat),
         lambda: len(client.scheduler_info(n_workers=-1)["workers"]),
@@ -193,8 +208,9 @@ def with_progress(finished: Iterator[Answered], done: int, count: int) -> Iterat
 
 def classify(beats: Path, evaluation_keys: Path, target: Path, processes: int, scheduler: str | None) -> None:
     """Run the network on each encrypted beat and write the encrypted answers, in the same order. Raises Refusal."""
-    header, payloads = read_box(beats, "encrypted beats")
-    keys_header, stored_keys = read_box(evaluation_keys, "evaluation keys")
+    _, linear = read_network()
+    header, payloads = read_box(beats, "encrypted beats", whole(linear, "encrypted beats"))
+    keys_header, stored_keys = read_box(evaluation_keys, "evaluation keys", whole(linear, "evaluation keys"))
     model = sha256(SERVER)
     for path, given in ((beats, header), (evaluation_keys, keys_header)):
         same("model", path, given["model"], model, "server.zip and client.zip must come from one export")
