@@ -14,6 +14,7 @@ import numpy as np
 
 NONE, PRODUCTS, FOURIER = "none", "products", "fourier:"
 SEED = 0  # of the Fourier map; public, since client and server have to use the same map
+GRID = 2.0**-12  # of mapped features; the finest quantization has steps 195 times as wide
 MOST_COLUMNS = 4096  # of a map: the inputs that a network can have
 
 
@@ -61,14 +62,20 @@ def columns(features: int, spec: str) -> int:
 
 
 def expand_scaled(X: np.ndarray, spec: str, most: float) -> np.ndarray:
-    """The same of rows X (n, d) that lie within -most and most, and scaled so that the result does too.
+    """The same of rows X (n, d) that lie within -most and most, and scaled so that the result does too, nearly.
 
-    So the networks' inputs have one known range, which depends on no data.
+    So the networks' inputs have one known range, which depends on no data. They are odd multiples of GRID / 2, none of
+    which lies where quantization rounds up or down: with millions of values some would, and be rounded otherwise in
+    another precision or on another processor.
     """
+    if spec == NONE:
+        return X
     expanded = expand(X, spec)
     if spec == PRODUCTS:
         expanded[:, X.shape[1] :] /= np.float32(most)
-    return expanded * np.float32(most) if spec.startswith(FOURIER) else expanded
+    else:
+        expanded *= np.float32(most)
+    return (np.floor(expanded / np.float32(GRID)) + np.float32(0.5)) * np.float32(GRID)
 
 
 def expand(X: np.ndarray, spec: str) -> np.ndarray:

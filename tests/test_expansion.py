@@ -61,8 +61,21 @@ def test_maps_of_clipped_features_stay_in_their_range_and_fill_it():
     for spec in ("none", "products", "fourier:50"):
         mapped = expansion.expand_scaled(X, spec, 3.0)
         assert mapped.shape[1] == expansion.columns(32, spec)
-        assert 2.9 < np.abs(mapped).max() <= 3
-    np.testing.assert_allclose(expansion.expand_scaled(X, "products", 3.0)[:, 32], X[:, 0] ** 2 / 3, rtol=1e-6)
+        assert 2.9 < np.abs(mapped).max() <= 3 + expansion.GRID
+    squares = expansion.expand_scaled(X, "products", 3.0)[:, 32]
+    np.testing.assert_allclose(squares, X[:, 0] ** 2 / 3, atol=expansion.GRID)
+
+
+def test_mapped_features_are_quantized_alike_in_any_precision():
+    X = np.clip(np.random.default_rng(0).normal(size=(2000, 32)), -3, 3).astype(np.float32)
+    for spec in ("products", "fourier:500"):
+        mapped = expansion.expand_scaled(X, spec, 3.0)
+        for top in (15, 31, 63):
+            step = np.float32(3 / top)
+            exact = np.rint(mapped.astype(np.float64) / float(step))
+            np.testing.assert_array_equal(np.rint(mapped / step), exact)
+            from_edge = np.abs(np.abs(mapped / np.float64(step) - exact) - 0.5)
+            assert from_edge.min() > 3e-5  # steps; a float32 is off by 1e-5 at most
 
 
 def test_steps_1_to_4_run_on_the_map_that_step_1_was_given(arrays, tmp_path, capsys):
@@ -75,7 +88,8 @@ def test_steps_1_to_4_run_on_the_map_that_step_1_was_given(arrays, tmp_path, cap
     (path,) = networks.by_rank(tmp_path, ".onnx")
     X = load_arrays(arrays, "fourier:40")["test"][0]
     _, network = load_quantized(quantized_path(path, 7), 40)
-    np.testing.assert_allclose(X, 3 * expansion.fourier(load_arrays(arrays)["test"][0], 40), atol=1e-6)
+    by_hand = 3 * expansion.fourier(load_arrays(arrays)["test"][0], 40)
+    np.testing.assert_allclose(X, by_hand, atol=expansion.GRID)
     assert network.run(X)[0].shape == (len(X),)
     assert network.pbs() == 0
     assert "N from 1 to 4096" in refusal(step1.main, [*common[:2], "--expand", "fourier:4097"], capsys)
