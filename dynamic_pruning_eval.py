@@ -122,15 +122,16 @@ def fit_linear(data: Arrays, probability: np.ndarray, noise: float, seed: int) -
     return max(found, key=lambda one: one[0])[1]
 
 
-def candidates(ensemble: Ensemble, data: Arrays) -> pd.DataFrame:
-    """The members as integers, a row each with its cost and accuracy; column "network" holds it.
+def candidates(networks: Sequence[QuantizedNetwork], data: Arrays) -> pd.DataFrame:
+    """A row a network with its cost and accuracy; column "network" holds it.
 
-    The *_encrypted accuracies are those with the noise of p_error. Of each number of bits, the member of
-    the best on validation rows is "chosen".
+    The *_encrypted accuracies are those with the noise of p_error. Of each number of bits, the best on validation rows
+    is "chosen".
     """
     (X, _), rows = data["train"], []
-    for number, network in enumerate(ensemble.networks(X)):
-        row = {"bits": network.bits, "trial": number % TRIALS, "rounding_bits": network.rounding_bits}
+    for number, network in enumerate(networks):
+        trial = sum(other.bits == network.bits for other in networks[:number])
+        row = {"bits": network.bits, "trial": trial, "rounding_bits": network.rounding_bits}
         row |= {"p_error": network.p_error, "pbs": network.pbs()}
         row["predicted_complexity"] = network.predicted_complexity(X)
         for part in ("val", "test"):
@@ -158,15 +159,29 @@ class Lesson:
         """Train the ensemble and return its members as `candidates`."""
         with tqdm(total=self.epochs, desc=title, unit="epoch") as bar:
             ensemble.train(self.data, self.targets, self.probability, self.noise, self.epochs, self.seed, bar)
-        return candidates(ensemble, self.data)
+        return candidates(ensemble.networks(self.data["train"][0]), self.data)
+
+
+def quantize_linear(layers: Layers, form: dict[str, Any], lesson: Lesson, title: str) -> pd.DataFrame:
+    """`candidates` from the float network `layers` without hidden layers, of each number of bits two.
+
+    Trial 0 is the network rounded, which can be enough; trial 1 is trained after that.
+    """
+    ensemble = LinearEnsemble(layers, **{**form, "bits": sorted(set(form["bits"]))})
+    rounded = ensemble.networks(lesson.data["train"][0])
+    trained = lesson.train(ensemble, title)["network"]
+    return candidates([*rounded, *trained], lesson.data)
 
 
 def quantize_relu(networks: dict[int, Layers], form: dict[str, Any], lesson: Lesson, least: float) -> Quantized:
     """Quantize the networks by rate, the smallest first, until KEEP of them have `least` validation accuracy."""
     found: Quantized = {}
     for rate in sorted(networks, reverse=True):
-        kind = ReluEnsemble if len(networks[rate]) > 1 else LinearEnsemble
-        found[rate] = lesson.train(kind(networks[rate], **form), f"{rate} % removed, quantized")
+        title = f"{rate} % removed, quantized"
+        if len(networks[rate]) > 1:
+            found[rate] = lesson.train(ReluEnsemble(networks[rate], **form), title)
+        else:
+            found[rate] = quantize_linear(networks[rate], form, lesson, title)
         if sum(one[ENCRYPTED_VALIDATION].max() >= least for one in found.values()) == KEEP:
             break
     return found
@@ -185,7 +200,7 @@ def quantize_tables(networks: dict[int, Layers], start: Layers, form: dict[str, 
     rows = np.random.default_rng(lesson.seed).choice(len(lesson.targets), REMOVAL_ROWS, p=lesson.probability)
     for rate, width in widths.items():
         if not width:
-            found[rate] = lesson.train(LinearEnsemble(networks[rate], **form), f"{rate} % removed, linear")
+            found[rate] = quantize_linear(networks[rate], form, lesson, f"{rate} % removed, linear")
         elif width <= ensemble.neurons:
             ensemble.remove(width, lesson.data["train"][0][rows])
             found[rate] = lesson.train(ensemble, f"{rate} % removed, {width} tables")
@@ -411,8 +426,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             best = lowest_cost(every[every["chosen"]], goal - args.max_loss)
             row |= {f"quantized_{name}": best[name] for name in ("bits", *QUANTIZED_ACCURACIES)}
             row |= {name: best[name] for name in ("rounding_bits", "p_error", "pbs", "predicted_complexity")}
-            trials = every.loc[every["bits"] == best["bits"], "test_balanced_accuracy_encrypted"]
-            row |= {"quantized_test_trials_mean": trials.mean(), "quantized_test_trials_sd": trials.std(ddof=0)}
+            if best["pbs"]:  # else there is one training
+                trials = every.loc[every["bits"] == best["bits"], "test_balanced_accuracy_encrypted"]
+                row |= {"quantized_test_trials_mean": trials.mean(), "quantized_test_trials_sd": trials.std(ddof=0)}
     quantized = {rate: list(one.loc[one["chosen"], "network"]) for rate, one in found.items()}
     table = pd.DataFrame(rows)
     table["file"] = save_best(models, quantized, table, rank(table, goal - args.max_loss), args.workdir)

@@ -37,7 +37,6 @@ from fhe_mlp.configuration import DEFAULT_PTQ, Configuration, load_configuration
 from fhe_mlp.packed import PackedNetwork  # noqa: E402
 from fhe_mlp.quantized import BITS  # noqa: E402
 from fhe_mlp.store import Store  # noqa: E402
-from fhe_mlp.tables import LinearEnsemble  # noqa: E402
 
 SAMPLES = 1000  # encrypted beats of each model at most, which the fast ones reach
 FEWEST_SAMPLES = 10  # of a model that takes longer than SAMPLING_SECONDS
@@ -223,11 +222,10 @@ def packed_linear(data: Row, seed: int) -> Iterator[Row]:
             for split in ("train", "val", "test")
         }
         layers = step3.fit_linear(mapped, data["probability"], data["noise"], seed)
-        form = {"rounding_bits": step3.ROUNDING_BITS, "p_error": step3.P_ERROR, "X": mapped["train"][0]}
-        ensemble = LinearEnsemble(layers, bits=[BITS[-1]] * step3.TRIALS, **form)
+        form = {"bits": BITS[-1:], "rounding_bits": step3.ROUNDING_BITS, "p_error": step3.P_ERROR}
         epochs = step3.QUANTIZATION_EPOCHS
         lesson = step3.Lesson(mapped, data["teacher"], data["probability"], data["noise"], epochs, seed)
-        found = lesson.train(ensemble, spec)
+        found = step3.quantize_linear(layers, {**form, "X": mapped["train"][0]}, lesson, spec)
         best = found[found["chosen"]].iloc[0]
         module = PackedNetwork(best["network"])
         keygen_time = circuit.make_keys(module)

@@ -324,7 +324,7 @@ def test_step3_files_hold_what_the_workbook_says(workdir, arrays, keras):
             assert (network.rounding_bits, network.p_error) == tuple(said.loc[bits, ["rounding_bits", "p_error"]])
             assert network.pbs() == said.loc[bits, "pbs"] == sum(widths)
             trials = quantized[(quantized["rate_percent"] == row["rate_percent"]) & (quantized["bits"] == bits)]
-            assert len(trials) == step3.TRIALS
+            assert len(trials) == (step3.TRIALS if row["pbs"] else 2)
             assert said.loc[bits, step3.ENCRYPTED_VALIDATION] == trials[step3.ENCRYPTED_VALIDATION].max()
         if chosen:
             best = said.loc[row["quantized_bits"]]
