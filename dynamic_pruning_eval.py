@@ -138,7 +138,7 @@ def candidates(networks: Sequence[QuantizedNetwork], data: Arrays) -> pd.DataFra
             row[f"{part}_balanced_accuracy"] = network.balanced_accuracy(*data[part])
             row[f"{part}_balanced_accuracy_encrypted"] = network.noisy_balanced_accuracy(*data[part])
         rows.append({**row, "network": network})
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows).sort_values(["bits", "trial"], ignore_index=True)
     table["chosen"] = False
     table.loc[table.groupby("bits")[ENCRYPTED_VALIDATION].idxmax(), "chosen"] = True
     return table

@@ -93,8 +93,8 @@ def test_make_reruns_the_edited_stage_and_what_follows_and_nothing_else(tmp_path
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (2e9 + age, 2e9 + age))
 
-    def would_run(*edited, target="all"):
-        argv = ["make", "-n", target, *(word for name in edited for word in ("-W", name))]
+    def would_run(*edited, target="all", demo="patients"):
+        argv = ["make", "-n", target, f"DEMO={demo}", *(word for name in edited for word in ("-W", name))]
         shown = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=True)
         return [line.split()[1] for line in shown.stdout.splitlines() if line.startswith(".venv/bin/python ")]
 
@@ -107,9 +107,12 @@ def test_make_reruns_the_edited_stage_and_what_follows_and_nothing_else(tmp_path
         assert would_run(f"fhe_mlp/{numbers}.py") == STEPS[2:]
     assert would_run("fhe_mlp/graphs.py") == STEPS[3:]
     assert would_run(target="patients") == ["preprocess_mitbih.py", *STEPS]
+    assert would_run(target="packed") == STEPS
     shown = would_run(target="demo")
     assert shown == ["preprocess_mitbih.py", *STEPS, "fhe_experiments.py", "tests/compare.py"]
-    for looks in ("report", "steps", "store", "cluster", "circuit", "configuration"):
+    shown = would_run(target="demo", demo="patients-packed")
+    assert shown[-7:] == [*STEPS, "fhe_experiments.py", "tests/compare.py"]
+    for looks in ("report", "steps", "store", "cluster", "circuit", "configuration", "packed", "packing"):
         assert would_run(f"fhe_mlp/{looks}.py") == STEPS[4:]  # which computes only what its database does not have
     for nothing in ("preprocess_mitbih.py", "fhe_mlp/cli.py", "fhe_mlp/ecg_features.py", "fhe_mlp/records.py"):
         assert would_run(nothing) == []
