@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from concrete.ml.quantization import QuantizedModule
 
 HERE = Path(__file__).parent
+NOISE = """p_error is {p_error:.3g}: the probability that one of the {pbs} bootstraps of a beat returns a wrong value by
+  chance (at least one of them: {p_any_pbs_off:.2g}). Where accumulators are rounded, a value between two steps may be
+  rounded to either. So outputs often differ from the cleartext ones by a few steps."""  # of a network with bootstraps
+PACKED_NOISE = "Encryption adds noise to the output, mostly under a hundred steps of the sum of products."
 CLIENT_ONLY = ("client.py", "recording.py", "csvfiles.py", "answers.py")
 CLIENT_COPIES = ("records.py", "ecg_features.py", "expansion.py")  # of this package
 
@@ -79,8 +83,9 @@ def export(module: QuantizedModule | PackedNetwork, model: dict[str, Any], X: np
             pbs=f"{model['pbs']:,}",
             features=len(model["features"]),
             security=model["security_bits"],
-            p_error=f"{model['p_error']:.3g}",
-            p_any_pbs_off=f"{1 - (1 - model['p_error']) ** model['pbs']:.2g}",
+            noise=PACKED_NOISE
+            if linear
+            else NOISE.format(**model, p_any_pbs_off=1 - (1 - model["p_error"]) ** model["pbs"]),
             python=".".join(platform.python_version_tuple()[:2]),
         )
         (whole / "README.md").write_text(readme, encoding="utf-8")
