@@ -32,7 +32,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from fhe_mlp import ec57
-from fhe_mlp.arrays import Arrays, Rows, load_arrays, rows_of, training_probability
+from fhe_mlp.arrays import Arrays, Rows, load_arrays, rows_of, training_probability, unseen_patients
 from fhe_mlp.cli import (
     check_writable,
     machine_facts,
@@ -76,6 +76,9 @@ FINE_TUNE_EPOCHS = 30  # after each rate; 0 is one-shot pruning
 BATCH_SIZE = 256  # beats a gradient step
 LEARNING_RATE = 2e-3  # of Adam at the start of each fine-tuning; falls to 0 along a cosine
 PENALTIES = (0.001, 0.01, 0.1, 1.0)  # C of logistic regression, tried on validation rows from strong to weak
+PENALTY_UNSEEN = (
+    3e-4  # for unseen patients, best on folds over the patients of DS1; five validation records cannot tell
+)
 ITERATIONS = 400  # of it at most
 WEIGHT_DECAY = 0.3  # decoupled, of weights and biases; narrow ranges survive quantization (tried on validation rows)
 MIN_WIDTH = 32  # neurons; with narrower hidden layers 0.3 to 1 points were lost at 3 and 4 bits (validation rows)
@@ -104,18 +107,20 @@ def fine_tune(model: tf_keras.Sequential, rows: Rows, probability: np.ndarray, e
     model.fit(training_draws(*rows, probability, BATCH_SIZE, seed), epochs=epochs, verbose=0)
 
 
-def fit_linear(data: Arrays, probability: np.ndarray, noise: float, seed: int) -> Layers:
+def fit_linear(
+    data: Arrays, probability: np.ndarray, noise: float, seed: int, penalties: Sequence[float] = PENALTIES
+) -> Layers:
     """The float network without hidden layers: logistic regression, whose penalty is chosen on validation rows.
 
     Its loss is convex, and gradient steps with few thousand columns end up to 0.3 points away. probability: (n,) of the
-    training rows in a draw; noise: standard deviation that is added to the features.
+    training rows in a draw; noise: standard deviation that is added to the features; penalties: rising.
     """
     from sklearn.linear_model import LogisticRegression
 
     X, y = data["train"]
     X = X + np.float32(noise) * np.random.default_rng(seed).standard_normal(X.shape, dtype=np.float32)
     model, found = LogisticRegression(warm_start=True, max_iter=ITERATIONS), []  # each starts from the one before
-    for penalty in PENALTIES:
+    for penalty in penalties:
         model.set_params(C=penalty).fit(X, y, sample_weight=probability * len(y))
         layers = [(model.coef_.T.astype(np.float32), model.intercept_.astype(np.float32))]
         found.append((balanced_accuracy(build(layers), *data["val"]), layers))
@@ -395,7 +400,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         layers = shrink(layers, [width for width, old in zip(widths, has) if old], data["train"][0])
         one_shot = balanced_accuracy(build(layers), *data["val"])
         if args.fine_tune_epochs and len(layers) == 1:
-            models[rate] = build(fit_linear(data, probability, noise, args.seed), noise)
+            penalties = (PENALTY_UNSEEN,) if unseen_patients(beats) else PENALTIES
+            models[rate] = build(fit_linear(data, probability, noise, args.seed, penalties), noise)
             shift_logit(models[rate], shift)
         elif args.fine_tune_epochs:
             models[rate] = build(revive(layers, rng), noise)

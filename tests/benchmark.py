@@ -221,7 +221,7 @@ def packed_linear(data: Row, seed: int) -> Iterator[Row]:
             split: (expansion.expand_scaled(data[split][0], spec, CLIP_SD), data[split][1])
             for split in ("train", "val", "test")
         }
-        layers = step3.fit_linear(mapped, data["probability"], data["noise"], seed)
+        layers = step3.fit_linear(mapped, data["probability"], data["noise"], seed, data["penalties"])
         form = {"bits": BITS[-1:], "rounding_bits": step3.ROUNDING_BITS, "p_error": step3.P_ERROR}
         epochs = step3.QUANTIZATION_EPOCHS
         lesson = step3.Lesson(mapped, data["teacher"], data["probability"], data["noise"], epochs, seed)
@@ -336,7 +336,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     data["probability"] = training_probability(rows_of(args.data_dir, experiment.data)[0])
     baseline = networks.load_mlp(args.workdir / "MLP_model_0.h5", "python MLP_model_0.py", X.shape[1])
     data["teacher"] = baseline(data["train"][0]).numpy()[:, 0]
-    data["noise"] = step1.NOISE_UNSEEN if experiment.patients == "unseen patients" else step1.NOISE
+    unseen = experiment.patients == "unseen patients"
+    data["penalties"] = (step3.PENALTY_UNSEEN,) if unseen else step3.PENALTIES
+    data["noise"] = step1.NOISE_UNSEEN if unseen else step1.NOISE
     with Store(args.workdir / step5.DATABASE) as store, warnings.catch_warnings(), tqdm(desc="models") as bar:
         warnings.simplefilter("ignore")  # scikit-learn's and skorch's own deprecations
         shown = step5.report_for(args, experiment, paths, store)

@@ -212,7 +212,8 @@ def pytest_unconfigure(config):
     """Leave with pytest's own status: Concrete's runtime ends every process with 0, failed tests or not."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(config.stash.get(STATUS, 3))
+    if not hasattr(config, "workerinput"):  # not in a worker, whose status nobody asks for
+        os._exit(config.stash.get(STATUS, 3))
 
 
 def call(folder, script, *argv, status=0):

@@ -91,8 +91,8 @@ def export(module: QuantizedModule | PackedNetwork, model: dict[str, Any], X: np
         (whole / "README.md").write_text(readme, encoding="utf-8")
         for side in (client, server):
             (side / "README.md").write_text(readme, encoding="utf-8")
-            library = packing.LIBRARY if linear else "concrete-ml"
-            packages = (library, *(["wfdb", "matplotlib"] if side == client else ["distributed"]))
+            libraries = (packing.LIBRARY, "numpy") if linear else ("concrete-ml",)
+            packages = (*libraries, *(("wfdb", "matplotlib") if side == client else ("distributed",)))
             (side / "requirements.txt").write_text("".join(f"{name}=={version(name)}\n" for name in packages))
             for path in (HERE / "boxes.py", HERE.parent / "packing.py"):
                 shutil.copy(path, side)
