@@ -98,7 +98,7 @@ data: .venv/.ready
 	$(strip $(RUN) preprocess_mitbih.py $(RECORDS))
 
 test: .venv/.ready
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.ready
 	$(RUN) -m ruff check .

@@ -125,6 +125,7 @@ def cost(configuration: Configuration) -> tuple[dict[str, Any], QuantizedModule 
             "widest_integer_bits": circuit.graph.maximum_integer_bit_width(),
             "evaluation_keys_MB": key_bytes(circuit) / 1e6,
             "security_bits": int(circuit.configuration.security_level),
+            "secret_keys_kB": circuit.size_of_secret_keys / 1e3,
         }
     facts |= {
         "p_error": configuration.p_error,

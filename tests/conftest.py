@@ -248,3 +248,11 @@ def describe(features):
         else [{"name": f"ampl, {k}", "unit": "mV", "formula": "as measured"} for k in range(features)],
         "scaler": {"mean": list(range(features)), "sd": [0.5] * features, "clip_sd": 3.0},
     }
+
+
+def options(arrays, folder, *more, **network):
+    """Arguments of step 5 for one small network in `folder`, which is made there."""
+    if not (folder / "small.onnx").exists():
+        small_network(folder / "small.onnx", **{"widths": (32, 3, 1), **network})
+    common = ["--data-dir", arrays, "--workdir", folder, "--models", folder / "small.onnx", "--samples", "2", *more]
+    return [str(word) for word in common]

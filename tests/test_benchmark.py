@@ -22,6 +22,7 @@ def data(arrays, monkeypatch):
         "drawn": (X[:12], y[:12]),
         "probability": probability,
         "noise": 0.1,
+        "penalties": (0.1, 1.0),
     }
 
 

@@ -612,7 +612,12 @@ def test_a_column_in_another_unit_is_named_on_stderr(capsys):
 def test_the_export_describes_itself_and_overwrites_nothing(exported):
     deployed = exported[0] / "deployed"
     model = json.loads((deployed / "client" / "model.json").read_text())
-    assert model == {**describe(32), "outputs": 2, "model": boxes.sha256(deployed / "server" / "server.zip")}
+    assert model == {
+        **describe(32),
+        "outputs": 2,
+        "linear": None,
+        "model": boxes.sha256(deployed / "server" / "server.zip"),
+    }
     with (deployed / "client" / "example_beats.csv").open(newline="") as file:
         names, *raw = csv.reader(file)
     assert names == [feature["name"] for feature in model["features"]]

@@ -1,11 +1,9 @@
-"""Step 5: encrypted runs of small networks, resumed and interrupted ones, and the choice of what is deployed."""
+"""Step 5: encrypted runs of small networks, resumed ones, and the choice of what is deployed."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import sqlite3
 import subprocess
 
@@ -13,13 +11,10 @@ import numpy as np
 import openpyxl
 import pandas as pd
 import pytest
-from conftest import ROOT, SMALL, command, refusal, small_network
+from conftest import ROOT, command, options, refusal, small_network
 
-import dynamic_pruning_eval as step3
 import fhe_experiments as step5
-import h5_onnx_converter as step4
-from fhe_mlp import circuit, configuration, ec57, networks, report
-from fhe_mlp import quantized as q
+from fhe_mlp import circuit, configuration, ec57, report
 from fhe_mlp.arrays import load_arrays
 from fhe_mlp.store import Store
 
@@ -36,13 +31,6 @@ def steady(folder):
     rows = [json.loads(r) for (r,) in sqlite3.connect(folder / step5.DATABASE).execute("SELECT facts FROM results")]
     rows = pd.DataFrame(rows).sort_values(["model_name", "q_bits", "batch"], ignore_index=True)
     return rows[sorted(name for name in rows if not NOISY.search(name))]
-
-
-def options(arrays, folder, *more, **network):
-    if not (folder / "small.onnx").exists():
-        small_network(folder / "small.onnx", **{"widths": (32, 3, 1), **network})
-    common = ["--data-dir", arrays, "--workdir", folder, "--models", folder / "small.onnx", "--samples", "2", *more]
-    return [str(word) for word in common]
 
 
 @pytest.fixture(scope="module")
@@ -114,73 +102,6 @@ def test_cleartext_accuracy_is_that_of_the_quantized_network_on_the_whole_test_s
     rows = steady(whole).query("q_bits == 5")
     assert list(rows["balanced_accuracy_test_set"]) == pytest.approx([accuracy] * 2, abs=1e-9)
     assert (rows["test_set_rows"] == len(data["test"][1])).all()
-
-
-def test_what_costs_too_much_or_cannot_compile_is_a_row_and_a_line(arrays, tmp_path, monkeypatch, capsys):
-    quantize = circuit.quantize
-
-    def fails(c):
-        if c.bits in (3, 5):
-            raise RuntimeError("NoParametersFound\nsecond line") if c.bits == 3 else AssertionError
-        return quantize(c)
-
-    monkeypatch.setattr(circuit, "quantize", fails)
-    step5.main(options(arrays, tmp_path, "--bits", "2", "3", "5", "--max-seconds", "0.0001"))
-    rows = pd.read_excel(tmp_path / "results_batch_0.xlsx").set_index("q_bits")
-    assert list(rows["status"]) == ["too slow", "cannot compile", "cannot compile"]
-    assert "--max-seconds" in rows.loc[2, "reason"]
-    assert rows.loc[5, "reason"] == "AssertionError"
-    assert rows["accuracy_fhe"].isna().all()
-    assert rows.loc[2, "balanced_accuracy_test_set"] > 0
-    assert "small at 3 bits: cannot compile, NoParametersFound" in capsys.readouterr().out
-
-
-def test_where_nothing_compiles_no_picture_is_claimed(arrays, tmp_path, monkeypatch, capsys):
-    quantize = circuit.quantize
-
-    def fails(c):
-        if c.model_name == "small":  # not the layer that measures the machine
-            raise RuntimeError("NoParametersFound")
-        return quantize(c)
-
-    monkeypatch.setattr(circuit, "quantize", fails)
-    step5.main(options(arrays, tmp_path, "--bits", "2"))
-    printed = capsys.readouterr().out
-    assert "NoParametersFound" in printed
-    assert not (tmp_path / "fhe_frontier.png").exists()
-    assert "fhe_frontier.png" not in printed
-
-
-def test_keys_that_memory_cannot_hold_are_not_made(arrays, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(circuit, "MEMORY_PER_KEY_BYTE", 1e9)
-    step5.main(options(arrays, tmp_path, "--bits", "2"))
-    assert "too large" in capsys.readouterr().out
-    rows = pd.read_excel(tmp_path / "results_batch_0.xlsx")
-    assert rows.loc[0, "reason"].startswith("needs about")
-    assert "keygen_time" not in rows
-
-
-def test_what_breaks_while_running_is_a_row_and_what_was_finished_stays(arrays, tmp_path, monkeypatch):
-    run_encrypted, calls = circuit.run_encrypted, []
-
-    def breaks(module, row):
-        calls.append(row)
-        if len(calls) == 4 + 3 + 2:  # the machine's speed, the first configuration, and a sample of the second
-            raise MemoryError
-        if len(calls) == 4 + 3 + 3:
-            raise KeyboardInterrupt
-        return run_encrypted(module, row)
-
-    monkeypatch.setattr(circuit, "run_encrypted", breaks)
-    with pytest.raises(KeyboardInterrupt):
-        step5.main(options(arrays, tmp_path, "--bits", "2", "3", "4"))
-    monkeypatch.undo()
-    monkeypatch.setattr(step5, "SIMULATED_ROWS", SMALL["SIMULATED_ROWS"])
-    monkeypatch.setattr(step5, "ROUNDING_BITS", SMALL["ROUNDING_BITS"])
-    step5.main(options(arrays, tmp_path, "--report"))
-    rows = pd.read_excel(tmp_path / "results_batch_0.xlsx").set_index("q_bits")
-    assert rows["status"].to_dict() == {2: "ok", 3: "failed"}
-    assert rows.loc[3, "reason"] == "MemoryError"
 
 
 def test_the_reference_evaluates_the_sigmoid_and_does_not_round(arrays, tmp_path):
@@ -274,163 +195,7 @@ def test_rows_of_another_experiment_stay_apart_and_more_of_the_same_joins(
     assert len(steady(tmp_path)) == 5  # the four that were there, and the new one
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(arrays, tmp_path, capsys):
-    argv = options(arrays, tmp_path, "--bits", "2", "3", "--batches", "2", "--dry-run")
-    before = sorted(tmp_path.iterdir())
-    step5.main(argv)
-    printed = capsys.readouterr().out
-    assert sorted(tmp_path.iterdir()) == before
-    for word in ("complexity", "predicted_seconds", "evaluation_keys_MB", "predicted_memory_MB", "minutes"):
-        assert word in printed
-    assert re.search(r"2 configurations to do, 2 of them encrypted, on 8 rows in all: about [\d.]+ min", printed)
-
-
-WAITS = {  # what a run is doing when it is interrupted, once it has printed a line
-    "in Python": "print('waiting', os.getpid(), flush=True); signal.pause()",
-    "in Concrete, which answers with SIGKILL of its own process": (
-        "m = circuit.compile_circuit(c); circuit.make_keys(m); circuit.run_encrypted(m, c.calibration[0]); "
-        "print('waiting', os.getpid(), flush=True); [circuit.run_encrypted(m, c.calibration[0]) for _ in range(10_000)]"
-    ),
-    "killed for want of memory": "print('waiting', os.getpid(), flush=True); os.kill(os.getpid(), 9)",
-}
-
-
-@pytest.mark.parametrize("waits", WAITS)
-def test_an_interrupt_ends_the_run_says_how_to_resume_and_shows_what_is_finished(arrays, tmp_path, waits):
-    prelude = (
-        "import os, signal\nfrom fhe_mlp import circuit\nprepare = circuit.prepare\n"
-        f"def wait(c, *rest):\n    if c.bits == 2: return prepare(c, *rest)\n    {WAITS[waits]}\n"
-        "circuit.prepare = wait"
-    )
-    argv = command(*options(arrays, tmp_path, "--bits", "2", "3"), prelude=prelude)
-    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    child = next(int(line.split()[1]) for line in process.stdout if line.startswith("waiting"))
-    what, status = ("ended by SIGKILL", 137) if waits.startswith("killed") else ("interrupted", 130)
-    if status == 130:
-        os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate()
-    assert process.returncode == status
-    lines = [line for line in errors.splitlines() if line.startswith("fhe_experiments.py: ")]
-    assert lines == [f"fhe_experiments.py: {what}; {step5.RESUME}"]
-    assert "Traceback" not in errors
-    with pytest.raises(ProcessLookupError):  # nothing that it started is left
-        os.kill(child, 0)
-    assert list(pd.read_excel(tmp_path / "results_batch_0.xlsx")["q_bits"]) == [2]
-    assert list(pd.read_excel(tmp_path / "fhe_summary.xlsx")["q_bits"]) == [2]
-
-
 # Networks that step 3 has quantized
-
-
-def logit_range(network, X):
-    """Least and largest logit (n,) when each accumulator of the one hidden layer is rounded a step down, or up, or not.
-
-    Approximate rounding does no more, so where both have one sign the decision is certain. X: rows (n, 32).
-    """
-    (layer,), last = network.hidden, network.last
-    k = np.floor(network.run(X)[1][0] / network.rounding_unit(layer) + 0.5).astype(int) + len(layer.table) // 2
-    entries = [np.take_along_axis(layer.table, np.clip(k + s, 0, len(layer.table) - 1), 0) for s in (-1, 0, 1)]
-    terms = np.array(entries) * (last.weights * last.scale * layer.step)
-    rest = network.run(X)[0] - terms[1].sum(axis=1)
-    edge = ((k <= 0) | (k >= len(layer.table) - 1)).any(axis=1)  # a step beyond comes back at the other end
-    least, largest = rest + terms.min(axis=0).sum(axis=1), rest + terms.max(axis=0).sum(axis=1)
-    return np.where(edge, -np.inf, least), np.where(edge, np.inf, largest)
-
-
-def certain(network, X):
-    """Whether no rounding can change the decision on each row (n,)."""
-    least, largest = logit_range(network, X)
-    return (least > 0) | (largest < 0)
-
-
-@pytest.fixture(scope="module")
-def quantized_run(arrays, tmp_path_factory):
-    """Steps 4 and 5 on one small network that was trained quantized at 3 bits."""
-    networks.start_tensorflow(42)
-    folder = tmp_path_factory.mktemp("quantized")
-    data = load_arrays(arrays)
-    rng = np.random.default_rng(0)
-    layers = [(rng.normal(size=(a, b)).astype("f4") / 5, np.zeros(b, "f4")) for a, b in ((32, 4), (4, 1))]
-    model = networks.build(layers)
-    even = np.full(len(data["train"][1]), 1 / len(data["train"][1]))
-    step3.fine_tune(model, data["train"], even, 2, 0)
-    form = {"bits": [3, 3], "rounding_bits": 5, "p_error": float(EXACT), "X": data["train"][0]}
-    lesson = step3.Lesson(data, data["train"][1], even, 0.0, 2, 42)
-    layers = networks.dense_layers(model)
-    found = step3.quantize_tables({90: layers}, layers, form, lesson)[90]
-    three = found.loc[found["chosen"], "network"]
-    assert len(three) == 1
-    path = folder / "pruned_model_top_1_prune_90_acc_0.9.h5"
-    path.write_bytes(q.add_to_h5(networks.mlp_bytes(model), list(three)))
-    common = ["--data-dir", str(arrays), "--workdir", str(folder)]
-    step4.main(common)
-    sure = certain(three.iloc[0], data["test"][0])
-    order = step5.describe(step5.parse_arguments(["--data-dir", str(arrays)])).order
-    batch = next(b for b in range(12) if sure[step5.drawn_rows(b, 50, 4, order)].all())
-    step5.main([*common, "--bits", "2", "3", "--samples", "4", "--start-batch", str(batch), "--p-error", EXACT])
-    (folder / f"results_batch_{batch}.xlsx").rename(folder / "results.xlsx")
-    return folder, three.iloc[0], data
-
-
-def test_trained_networks_are_what_runs_encrypted(quantized_run):
-    folder, network, data = quantized_run
-    rows = pd.read_excel(folder / "results.xlsx").set_index("q_bits")
-    assert list(rows["quantization"]) == ["post-training", "quantization-aware"]
-    assert rows.loc[3, "rounding_bits"] == network.rounding_bits
-    assert rows.loc[3, "balanced_accuracy_test_set"] == pytest.approx(network.balanced_accuracy(*data["test"]))
-    assert rows.loc[3, "balanced_accuracy_validation"] == pytest.approx(network.balanced_accuracy(*data["val"]))
-    assert rows.loc[3, "decisions_equal_clear"] == 4
-    predictions = pd.read_excel(folder / "results.xlsx", sheet_name="predictions").query("q_bits == 3")
-    X = data["test"][0][predictions["test_row"]]
-    np.testing.assert_allclose(predictions["output_clear"], network.run(X)[0], atol=1e-5)
-    least, largest = logit_range(network, X)
-    assert predictions["output_fhe"].between(least - 1e-5, largest + 1e-5).all()
-
-
-def test_simulation_moves_outputs_by_rounding_and_by_nothing_else(quantized_run, arrays):
-    folder, network, data = quantized_run
-    (X, y), setting = data["test"], configuration.Setting(6, float(EXACT), 0.0)
-    path = folder / "pruned_model_top_1_prune_90_acc_0.9.onnx"
-    one = configuration.load_configuration(path, 3, setting, data, data["train"][0][:100], {})
-    simulated = circuit.outputs(circuit.compile_circuit(one), X, "simulate")
-    least, largest = logit_range(network, X)
-    assert np.isfinite(least).mean() > 0.9
-    assert ((simulated > least - 1e-5) & (simulated < largest + 1e-5)).all()
-    sure, cleartext = certain(network, X), network.run(X)[0] > 0
-    assert sure.mean() > 0.5
-    np.testing.assert_array_equal((simulated > 0)[sure], cleartext[sure])
-    assert abs(np.mean((simulated > 0) == y) - np.mean(cleartext == y)) < 0.02  # of 600 rows
-    row = pd.read_excel(folder / "results.xlsx").set_index("q_bits").loc[3]
-    drawn = step5.describe(step5.parse_arguments(["--data-dir", str(arrays)])).simulated
-    assert row["simulated_rows"] == len(drawn)
-    assert row["accuracy_clear_same_rows"] == pytest.approx(np.mean(cleartext[drawn] == y[drawn]))
-    assert abs(row["accuracy_simulated"] - row["accuracy_clear_same_rows"]) <= np.mean(~sure[drawn]) + 1e-9
-
-
-def test_a_circuit_that_decides_otherwise_than_step_3_is_a_failed_row(quantized_run, arrays, tmp_path, monkeypatch):
-    folder, _, _ = quantized_run
-    for path in [*folder.glob("*.onnx"), *folder.glob("quantized/*")]:
-        (tmp_path / path.relative_to(folder)).parent.mkdir(exist_ok=True)
-        (tmp_path / path.relative_to(folder)).write_bytes(path.read_bytes())
-    outputs = circuit.outputs
-    monkeypatch.setattr(circuit, "outputs", lambda *a: -outputs(*a))
-    step5.main(["--data-dir", str(arrays), "--workdir", str(tmp_path), "--bits", "3", "--samples", "1"])
-    row = pd.read_excel(tmp_path / "results_batch_0.xlsx").iloc[0]
-    assert row["status"] == "failed"
-    assert "does not decide as the network of step 3" in row["reason"]
-
-
-def test_damaged_quantized_networks_are_refused(quantized_run, arrays, tmp_path, capsys):
-    folder, _, _ = quantized_run
-    source = folder / "pruned_model_top_1_prune_90_acc_0.9.onnx"
-    (tmp_path / source.name).write_bytes(source.read_bytes())
-    (tmp_path / "quantized").mkdir()
-    damaged = tmp_path / "quantized" / f"{source.stem}_3bits.onnx"
-    common = ["--data-dir", arrays, "--workdir", tmp_path, "--bits", "3", "--samples", "1"]
-    for content in (b"hello", source.read_bytes()):  # the second is a float network
-        damaged.write_bytes(content)
-        assert "is not a valid quantized network" in refusal(step5.main, common, capsys)
-    assert not list(tmp_path.glob("*.xlsx"))
 
 
 # What is deployed, and what is refused
@@ -458,37 +223,3 @@ def test_export_considers_all_named_networks_and_compiles_each_once(arrays, tmp_
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     assert "is there already" in refusal(step5.main, argv, capsys)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
-
-
-def test_bad_input_is_refused_before_anything_is_written(arrays, tmp_path, capsys):
-    common = ["--data-dir", arrays, "--workdir", tmp_path]
-
-    def refused(*more):
-        return refusal(step5.main, [*common, *more], capsys)
-
-    assert "h5_onnx_converter.py" in refused()
-    good = small_network(tmp_path / "good.onnx")
-    assert "not found" in refused("--models", good, tmp_path / "none.onnx")
-    content = good.read_bytes()
-    for name, damaged in (("cut", content[: len(content) // 2]), ("text", b"hello"), ("empty", b"")):
-        (tmp_path / f"{name}.onnx").write_bytes(damaged)
-        assert f"{name}.onnx" in refused("--models", good, tmp_path / f"{name}.onnx")
-    assert "32 features" in refused("--models", small_network(tmp_path / "narrow.onnx", widths=(31, 2, 1)))
-    assert "MLP" in refused("--models", small_network(tmp_path / "two.onnx", widths=(32, 2, 2)))
-    assert "sigmoid" in refused("--models", small_network(tmp_path / "tanh.onnx", last="Tanh"))
-    holes = small_network(tmp_path / "nan.onnx", edit=lambda w: {**w, "w0": w["w0"] * np.nan})
-    assert "NaN" in refused("--models", holes)
-    assert "batch 99 does not exist" in refused("--models", good, "--start-batch", "99")
-    for option, value in (("--bits", "1"), ("--rounding-bits", "9"), ("--max-seconds", "nan"), ("--p-error", "1.5")):
-        assert option in refused("--models", good, option, value)
-    assert "same name" in refused("--models", good, good)
-    for other in (["--p-error", str(step5.P_ERROR)], ["--rounding-bits", "4"], ["--post-training"]):
-        assert "--reference fixes" in refused("--models", good, "--reference", *other)
-    for other in (["--dry-run"], ["--scheduler", "local:1"], ["--report"]):
-        assert "--export" in refused("--models", good, "--export", tmp_path / "new", *other)
-    assert "no result" in refused("--models", good, "--report")
-    assert "none.onnx" in refused("--models", tmp_path / "none.onnx", "--workdir", tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-    assert "preprocess_mitbih.py" in refused("--data-dir", tmp_path)
-    assert "good.onnx: cannot be written" in refused("--models", good, "--workdir", good)
-    assert not list(tmp_path.glob("*.xlsx")) + list(tmp_path.glob("*.png"))
