@@ -1,4 +1,4 @@
-"""Step 3: remove neurons at rates from 25 % to 90 %, fine-tune, quantize, and keep the ten best networks.
+"""Step 3: remove neurons at rates from 25 % to 100 %, fine-tune, quantize, and keep the ten best networks.
 
 Each rate starts from the network of the rate before. The neurons with the most zero weights are removed first, and
 among equals those of the least saliency: fine-tuning fills the zeros of step 2, so from the second rate on, saliency
@@ -8,8 +8,9 @@ neurons: an encrypted neuron costs the same in any layer, and a narrow layer pas
 
 Then networks of as many neurons, from TABLES on, are trained at 2 to 7 bits as the encrypted graph computes them, with
 the baseline as their teacher: each neuron is a table that is learned, beside a linear path (--activation relu: the
-float networks quantized instead, the smallest first, until ten are within --max-loss). Networks within --max-loss of
-the baseline on validation data are ranked by their cost, the others by accuracy; ten are kept.
+float networks quantized instead, the smallest first, until ten are within --max-loss). Without neurons the network is
+logistic regression, rounded or trained quantized, and needs no bootstrap. Networks within --max-loss of the baseline on
+validation data are ranked by their cost, the others by accuracy; ten are kept.
 
 Reads   tf_pruned_model.h5 and MLP_model_0.h5 in --workdir (steps 1 and 2 make them) and the arrays in --data-dir
 Writes  to --workdir: ten pruned_model_top_{rank}_prune_{percent}_acc_{validation accuracy}.h5, each with its quantized

@@ -3,8 +3,9 @@
 Every configuration (network, bits) is compiled first; then the plan with the predicted times is printed, and what is
 affordable runs encrypted on test rows drawn by class and record. Where step 3 trained a network for a bit width, that
 one is taken (quantized/{name}_{bits}bits.onnx), else Concrete ML quantizes the float network. The last sigmoid stays
-with the client: the encrypted graph ends in the logit, whose sign is the decision. Costs are compared with default PTQ:
-n_bits only, ten rows of calibration, no rounding, the sigmoid encrypted as well.
+with the client: the encrypted graph ends in the logit, whose sign is the decision. A network without neurons is not
+compiled but one packed product (fhe_mlp/packed.py). Costs are compared with default PTQ: n_bits only, ten rows of
+calibration, no rounding, the sigmoid encrypted as well.
 
 Each finished configuration and batch is in the database before the next starts; rerun the command to resume. Results of
 another network, data set, setting or version are kept apart in the same database.

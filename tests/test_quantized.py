@@ -406,3 +406,42 @@ def test_rank_is_by_cost_among_the_accurate_and_by_accuracy_among_the_rest():
     assert step3.lowest_cost(small[1:], 0.98)["rate_percent"] == 75
     assert step3.lowest_cost(small, 1.0)["rate_percent"] == 25
     assert step3.lowest_cost(small[1:].assign(predicted_complexity=[4e9, 4.01e9, 1, 1]), 0.98)["rate_percent"] == 50
+
+
+def linear_data(noise):
+    """Two classes that differ along one of 40 features, in three parts."""
+    rng, data = np.random.default_rng(4), {}
+    for part, n in (("train", 300), ("val", 400), ("test", 400)):
+        y = rng.integers(0, 2, n)
+        X = rng.normal(0, noise, (n, 40)).clip(-3, 3)
+        X[:, 3] += y - 0.5
+        data[part] = X.astype(np.float32), y
+    return data, np.full(300, 1 / 300)
+
+
+def test_the_penalty_of_a_linear_network_is_the_best_on_validation_rows(keras_once):
+    data, even = linear_data(1.0)
+    found = {}
+    for penalty in (1e-4, 1e-2, 1e3):
+        layers = step3.fit_linear(data, even, 0.0, 0, (penalty,))
+        assert [(kernel.shape, bias.shape) for kernel, bias in layers] == [((40, 1), (1,))]
+        found[networks.balanced_accuracy(networks.build(layers), *data["val"])] = layers
+    assert len(found) > 1
+    chosen = step3.fit_linear(data, even, 0.0, 0, (1e-4, 1e-2, 1e3))
+    assert networks.balanced_accuracy(networks.build(chosen), *data["val"]) == pytest.approx(max(found), abs=0.005)
+
+
+def test_a_linear_network_is_rounded_or_trained_whichever_is_better_on_validation_rows(keras_once):
+    data, even = linear_data(0.7)
+    layers = step3.fit_linear(data, even, 0.0, 0)
+    form = {"bits": [2, 2, 7, 7], "rounding_bits": 5, "p_error": 2.0**-6, "X": data["train"][0]}
+    found = step3.quantize_linear(layers, form, step3.Lesson(data, data["train"][1], even, 0.0, 2, 0), "linear")
+    assert list(zip(found["bits"], found["trial"])) == [(2, 0), (2, 1), (7, 0), (7, 1)]
+    assert found["chosen"].sum() == 2 and (found["pbs"] == 0).all()
+    for _, pair in found.groupby("bits"):
+        best = pair.loc[pair["chosen"], step3.ENCRYPTED_VALIDATION].item()
+        assert best == pair[step3.ENCRYPTED_VALIDATION].max()
+    kernel, bias = layers[0]
+    rounded = found.loc[2, "network"].run(data["test"][0])[0]
+    exact = (data["test"][0] @ kernel + bias)[:, 0]
+    assert np.abs(rounded - exact).max() < 0.05 * np.abs(exact).max()
