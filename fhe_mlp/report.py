@@ -282,7 +282,8 @@ def plot_frontier(summary: pd.DataFrame, others: pd.DataFrame, path: Path) -> No
         (axes[0], "complexity", "complexity", "complexity of one encrypted beat"),
         (axes[1], "run_seconds", "seconds", "seconds a beat, median"),
     ):
-        table = summary[summary[cost] > 0] if cost in summary else summary[:0].assign(**{cost: []})
+        costs = summary[cost] if cost in summary else pd.Series(np.nan, summary.index)
+        table = summary.assign(**{cost: costs.where(costs > 0)})  # without bootstraps, complexity is 0
         for bits, group in table.groupby("q_bits"):
             axis.scatter(
                 group[cost], drawn_at(group["balanced_accuracy_test_set"]), s=28, label=f"{bits} bits", zorder=3
