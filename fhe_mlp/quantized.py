@@ -123,7 +123,8 @@ class QuantizedNetwork:
     def noisy_balanced_accuracy(self, X: np.ndarray, y: np.ndarray) -> float:
         """The same with the noise of encryption, the mean of NOISE_DRAWS draws, which are the same at every call."""
         rng = np.random.default_rng(0)
-        return float(np.mean([ec57.balanced_accuracy(self.run(X, rng)[0] > 0, y) for _ in range(NOISE_DRAWS)]))
+        draws = NOISE_DRAWS if self.hidden else 1  # without bootstraps there is no such noise
+        return float(np.mean([ec57.balanced_accuracy(self.run(X, rng)[0] > 0, y) for _ in range(draws)]))
 
     def pbs(self) -> int:
         """Programmable bootstraps of one beat: one a hidden neuron."""
