@@ -299,8 +299,10 @@ def plot_frontier(summary: pd.DataFrame, others: pd.DataFrame, path: Path) -> No
                 right = x > known[other_cost].max() / 20  # there, its name would leave the picture
                 place = {"xytext": (-5, -9), "ha": "right"} if right else {"xytext": (5, -9)}
                 axis.annotate(name, (x, y), textcoords="offset points", fontsize=7, **place)
-        axis.set(xscale="log", yscale="logit", xlabel=label)
-        axis.xaxis.set_major_locator(LogLocator(subs=(1,) if cost == "complexity" else (1, 2, 3, 5)))
+        axis.set(yscale="logit", xlabel=label)
+        if table[cost].notna().any() or len(known):  # matplotlib has no logarithmic axis of nothing
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1,) if cost == "complexity" else (1, 2, 3, 5)))
         axis.xaxis.set_minor_formatter("")
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set_yticks(ACCURACY_TICKS, minor=False)
