@@ -77,6 +77,7 @@ def test_client_and_server_decide_as_in_cleartext_without_concrete(sides):
     for side in (hospital, server):
         assert "concrete-ml-extensions==" in (side / "requirements.txt").read_text()
         assert "concrete-ml==" not in (side / "requirements.txt").read_text()
+    assert "\npandas==" in (hospital / "requirements.txt").read_text()
 
 
 def test_dask_workers_compute_the_same(sides, tmp_path):

@@ -91,8 +91,11 @@ def export(module: QuantizedModule | PackedNetwork, model: dict[str, Any], X: np
         (whole / "README.md").write_text(readme, encoding="utf-8")
         for side in (client, server):
             (side / "README.md").write_text(readme, encoding="utf-8")
-            libraries = (packing.LIBRARY, "numpy") if linear else ("concrete-ml",)
-            packages = (*libraries, *(("wfdb", "matplotlib") if side == client else ("distributed",)))
+            packages = ("concrete-ml",) if not linear else (packing.LIBRARY, "numpy")
+            if side == client:  # Concrete ML fixes pandas; a newer one would be installed, with which wfdb cannot read
+                packages += ("pandas", "wfdb", "matplotlib")
+            else:
+                packages += ("distributed",)
             (side / "requirements.txt").write_text("".join(f"{name}=={version(name)}\n" for name in packages))
             for path in (HERE / "boxes.py", HERE.parent / "packing.py"):
                 shutil.copy(path, side)
