@@ -149,10 +149,12 @@ def read_payloads(path: Path, is_whole: Check = is_message) -> Iterator[bytes]:
         raise damaged(path, error) from None
 
 
-def read_box(path: Path, kind: str, is_whole: Check = is_message) -> tuple[dict[str, Any], Iterator[bytes]]:
+def read_box(
+    path: Path, kind: str, is_whole: Check = is_message, model: str | None = None
+) -> tuple[dict[str, Any], Iterator[bytes]]:
     """Header of a box, checked as a whole, and its payloads, which are read as they are asked for.
 
-    is_whole: of a payload, before a library sees it; those of Concrete are messages.
+    is_whole: of a payload, before a library sees it; those of Concrete are messages. model: that the box has to be for.
 
     Raises Refusal for a damaged box or one of another kind, OSError for a file that cannot be opened.
     """
@@ -180,6 +182,8 @@ def read_box(path: Path, kind: str, is_whole: Check = is_message) -> tuple[dict[
     if found != (kind, BOX_VERSION):
         what = f"{str(found[0])[:40]!r}, version {str(found[1])[:10]!r}"
         raise Refusal(f"{path}: holds {what}; wanted here are {kind!r}, version '{BOX_VERSION}'")
+    if model:  # before the payloads, whose form depends on it
+        same("model", path, header["model"], model, "server.zip and client.zip must come from one export")
     if sum(1 for _ in read_payloads(path, is_whole)) != count:  # now, rather than after hours of computing
         raise damaged(path, ValueError("its header counts other payloads than there are"))
     return header, read_payloads(path, is_whole)

@@ -35,6 +35,7 @@ HERE = Path(__file__).resolve().parent
 CLIENT, MODEL = HERE / "client.zip", HERE / "model.json"
 # How the files of encrypt begin, which a new run may replace.
 BOX, TIMES = rb"PK\x03\x04.{26}payloads\.bin", rb'\{"beats": "'
+NEEDED = {"model", "outputs", "linear", "output", "threshold", "expand", "leads", "features", "scaler"}  # in model.json
 KEPT = {"record", "path", "table_fs", "origin", "annotations", "fs", "leads", "not_classified"}  # of a recording
 FAR_SD = 10.0  # standard deviations from the training mean; a column with most of its values beyond: another unit
 
@@ -42,8 +43,11 @@ FAR_SD = 10.0  # standard deviations from the training mean; a column with most 
 def read_model() -> dict[str, Any]:
     """model.json of the export. Raises Refusal."""
     try:
-        return json.loads(MODEL.read_text())
-    except (OSError, ValueError) as error:
+        model = json.loads(MODEL.read_text())
+        if missing := NEEDED - model.keys():
+            raise ValueError(f"it has no {min(missing)}; it may be of another version")
+        return model
+    except (OSError, ValueError, AttributeError) as error:
         raise Refusal(f"{MODEL}: cannot be used ({first_line(error)}); restore it from the export") from None
 
 
@@ -58,7 +62,7 @@ def load_client(model: dict[str, Any], keys: Path) -> Any:
             client = FHEModelClient(str(HERE), str(keys))
         client.generate_private_and_evaluation_keys()
     except (OSError, ValueError, KeyError, RuntimeError, AssertionError, zipfile.BadZipFile) as error:
-        raise Refusal(f"{CLIENT}: cannot be used here ({first_line(error)})") from None
+        raise Refusal(f"{MODEL if model['linear'] else CLIENT}: cannot be used here ({first_line(error)})") from None
     return client
 
 
@@ -184,8 +188,8 @@ def decrypt(keys: Path, path: Path, folder: Path, given: Path | None) -> None:
     given: the .json file that encrypt wrote, if it was named.
     """
     model = read_model()
-    header, payloads = read_box(path, "encrypted answers", whole(model["linear"], "encrypted answers"))
-    same("model", path, header["model"], model["model"], "server.zip and client.zip must come from one export")
+    is_whole = whole(model["linear"], "encrypted answers")
+    header, payloads = read_box(path, "encrypted answers", is_whole, model["model"])
     name = check_keys(keys, model["model"])
     same("key", path, header["key"], name, "it can only be decrypted with the keys it was encrypted with")
     count, rest = divmod(header["count"], model["outputs"])

@@ -209,11 +209,10 @@ def with_progress(finished: Iterator[Answered], done: int, count: int) -> Iterat
 def classify(beats: Path, evaluation_keys: Path, target: Path, processes: int, scheduler: str | None) -> None:
     """Run the network on each encrypted beat and write the encrypted answers, in the same order. Raises Refusal."""
     _, linear = read_network()
-    header, payloads = read_box(beats, "encrypted beats", whole(linear, "encrypted beats"))
-    keys_header, stored_keys = read_box(evaluation_keys, "evaluation keys", whole(linear, "evaluation keys"))
     model = sha256(SERVER)
-    for path, given in ((beats, header), (evaluation_keys, keys_header)):
-        same("model", path, given["model"], model, "server.zip and client.zip must come from one export")
+    header, payloads = read_box(beats, "encrypted beats", whole(linear, "encrypted beats"), model)
+    is_whole = whole(linear, "evaluation keys")
+    keys_header, stored_keys = read_box(evaluation_keys, "evaluation keys", is_whole, model)
     remedy = "beats and evaluation keys must come from the same keys"
     same("key", evaluation_keys, keys_header["key"], header["key"], remedy)
     names, count = {name: header[name] for name in NAMES}, header["count"]
