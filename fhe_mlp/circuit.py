@@ -21,13 +21,10 @@ from fhe_mlp import ec57
 from fhe_mlp.arrays import Arrays
 from fhe_mlp.cli import first_line, machine_facts
 from fhe_mlp.configuration import REMEDY, Configuration, Setting
-from fhe_mlp.graphs import from_onnx
 from fhe_mlp.packed import PackedNetwork
 
 if TYPE_CHECKING:
     from concrete.ml.quantization import QuantizedModule
-
-    from fhe_mlp.quantized import QuantizedNetwork
 
 MEASURED_NEURONS = 32  # of the layer that measures the machine; enough to keep its cores busy
 MEASURED_ROUNDING_BITS = 5  # of it at most; step 3's networks keep no more
@@ -91,20 +88,13 @@ def quantize(configuration: Configuration) -> QuantizedModule:
 @same_signal_handlers()
 def compile_circuit(configuration: Configuration) -> QuantizedModule | PackedNetwork:
     """The configuration quantized and compiled to TFHE. Raises one of CIRCUIT_ERRORS where Concrete cannot do it."""
-    if (network := network_of(configuration)) and not network.hidden:
-        return PackedNetwork(network)
+    if configuration.network and not configuration.network.hidden:
+        return PackedNetwork(configuration.network)
     module = quantize(configuration)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module.compile(configuration.calibration, p_error=configuration.p_error)
     return module
-
-
-def network_of(configuration: Configuration) -> QuantizedNetwork | None:
-    """The network that step 3 quantized, None where Concrete ML quantizes."""
-    import onnx
-
-    return from_onnx(onnx.load_from_string(configuration.graph)) if configuration.trained else None
 
 
 def cost(configuration: Configuration) -> tuple[dict[str, Any], QuantizedModule | PackedNetwork | None]:
@@ -194,7 +184,8 @@ def accuracies(
     (X_val, y_val), (X, y) = data["val"], data["test"]
     threshold = configuration.setting.threshold
     decisions, noisy = outputs(module, X, "disable") > threshold, {}
-    if network := network_of(configuration):
+    network = configuration.network
+    if network and network.hidden:  # of what is packed, cleartext is that network, and it has no noise of p_error
         if not np.array_equal(decisions, network.run(X)[0] > 0):
             raise ValueError(f"the circuit does not decide as the network of step 3 does; {REMEDY}")
         for part, rows in (("validation", (X_val, y_val)), ("test_set", (X, y))):
@@ -205,7 +196,7 @@ def accuracies(
         "test_set_rows": len(y),
         **noisy,
     }
-    if len(simulated):
+    if len(simulated) and not isinstance(module, PackedNetwork):
         encrypted = outputs(module, X[simulated], "simulate") > threshold
         facts["accuracy_simulated"] = float(np.mean(encrypted == y[simulated]))
         facts["accuracy_clear_same_rows"] = float(np.mean(decisions[simulated] == y[simulated]))

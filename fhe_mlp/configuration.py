@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -53,6 +54,13 @@ class Configuration:
     def key(self) -> str:
         """Short name of the identity."""
         return self.identity["identity"]
+
+    @functools.cached_property
+    def network(self) -> QuantizedNetwork | None:
+        """What step 3 quantized; None where Concrete ML quantizes."""
+        import onnx
+
+        return from_onnx(onnx.load_from_string(self.graph)) if self.trained else None
 
     @property
     def label(self) -> str:

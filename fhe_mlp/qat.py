@@ -43,16 +43,30 @@ class Ensemble:
 
     Scales are learned with the weights (LSQ, Esser et al., ICLR 2020), as logarithms. rounding_bits: leading bits of
     each accumulator that its bootstrap sees; p_error: chance that this is off by a step, which training adds as noise.
+    layers: the float network's kernels and biases, as which they start; X: training rows (n, features).
     """
 
     learning_rate = 5e-3  # of Adam at the start, falls to 0 along a cosine
 
-    def __init__(self, bits: Sequence[int], rounding_bits: int, p_error: float, dtype: str) -> None:
+    def __init__(
+        self,
+        layers: Layers,
+        bits: Sequence[int],
+        rounding_bits: int,
+        p_error: float,
+        X: np.ndarray,
+        dtype: str = "float32",
+    ) -> None:
         self.bits = np.array(bits).reshape(-1, 1, 1)
         self.rounding_bits, self.p_error, self.dtype = rounding_bits, p_error, dtype
         self.half = 2 ** (rounding_bits - 1)  # rounded accumulators reach from -half to half - 1 units
         self.input_bits = np.maximum(self.bits, INPUT_BITS)
         self.input_step = (CLIP_SD / largest_integer(self.input_bits)).astype(np.float32).astype(dtype)
+        self.start(layers, X)
+
+    def start(self, layers: Layers, X: np.ndarray) -> None:
+        """Make what is trained."""
+        raise NotImplementedError
 
     def variables(self) -> list[tf.Variable]:
         """All that is trained, each with the leading axis (members,)."""
@@ -170,30 +184,23 @@ class Ensemble:
 
 
 class ReluEnsemble(Ensemble):
-    """A float network quantized to each of `bits`. layers: its kernels and biases; X: training rows (n, features)."""
+    """A float network quantized to each of `bits`."""
 
-    def __init__(
-        self,
-        layers: Layers,
-        bits: Sequence[int],
-        rounding_bits: int,
-        p_error: float,
-        X: np.ndarray,
-        dtype: str = "float32",
-    ) -> None:
-        super().__init__(bits, rounding_bits, p_error, dtype)
+    def start(self, layers: Layers, X: np.ndarray) -> None:
+        """As Ensemble's."""
         hidden = len(layers) - 1
         self.weight_bits = [self.bits] * hidden + [np.minimum(self.bits, LAST_WEIGHT_BITS)]
         self.output_bits = [self.bits] * (hidden - 1) + [np.minimum(self.bits, LAST_INPUT_BITS)]
         self.parts: dict[str, list[tf.Variable]] = {n: [] for n in ("kernel", "bias", "offset", "scale", "step")}
         self.range_bits = []  # accumulator bits that training aims at
-        x, step = np.broadcast_to(X, (len(bits), *X.shape)), self.input_step
+        members = len(self.bits)
+        x, step = np.broadcast_to(X, (members, *X.shape)), self.input_step
         for index, (kernel, bias) in enumerate(layers):
             last = index == hidden
-            kernel = np.broadcast_to(kernel, (len(bits), *kernel.shape))
+            kernel = np.broadcast_to(kernel, (members, *kernel.shape))
             scale = best_scale(kernel, largest_integer(self.weight_bits[index]), 2 if last else 1)
             if last:
-                self._add("offset", np.broadcast_to(bias, (len(bits), 1, len(bias))))
+                self._add("offset", np.broadcast_to(bias, (members, 1, len(bias))))
             else:
                 real = x @ kernel
                 middle, scale, range_bits = self.range_of(real, step, scale)

@@ -11,7 +11,6 @@ removed between trainings, in each member its own. LinearEnsemble is the linear 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,25 +33,17 @@ SMOOTHNESS = 2e-4  # weight of the squared second differences of the tables (2e-
 
 
 class LinearEnsemble(Ensemble):
-    """Candidates that start as the float network `layers` without hidden layers; X: training rows (n, features)."""
+    """Candidates that start as a float network without hidden layers."""
 
     learning_rate = 1e-3  # 3e-4 and 1e-3 do the same, 1e-2 loses 0.1 to 0.5 points on validation rows
 
-    def __init__(
-        self,
-        layers: Layers,
-        bits: Sequence[int],
-        rounding_bits: int,
-        p_error: float,
-        X: np.ndarray,
-        dtype: str = "float32",
-    ) -> None:
-        super().__init__(bits, rounding_bits, p_error, dtype)
+    def start(self, layers: Layers, X: np.ndarray) -> None:
+        """As Ensemble's."""
         self.top = largest_integer(self.bits)  # of a weight
         self.parts: dict[str, Any] = {}
-        self._set(self.start(layers, X))
+        self._set(self.first_values(layers, X))
 
-    def start(self, layers: Layers, X: np.ndarray) -> dict[str, np.ndarray]:
+    def first_values(self, layers: Layers, X: np.ndarray) -> dict[str, np.ndarray]:
         """What is trained, each with the leading axis (members,), as it is at the start."""
         ((kernel, offset),) = layers
         kernel = np.broadcast_to(kernel, (len(self.bits), *kernel.shape))
@@ -104,11 +95,11 @@ class LinearEnsemble(Ensemble):
 
 
 class TableEnsemble(LinearEnsemble):
-    """Candidates that start as the float network `layers` of one hidden layer; X: training rows (n, features)."""
+    """Candidates that start as a float network of one hidden layer."""
 
     learning_rate = 1e-2  # 5e-3: 0.1 points less on validation rows
 
-    def start(self, layers: Layers, X: np.ndarray) -> dict[str, np.ndarray]:
+    def first_values(self, layers: Layers, X: np.ndarray) -> dict[str, np.ndarray]:
         """As LinearEnsemble's."""
         (kernel, bias), (outgoing, offset) = layers
         members, features, real = len(self.bits), len(kernel), X @ kernel
