@@ -62,8 +62,8 @@ $PMLP_model_0.h5: MLP_model_0.py $(addprefix fhe_mlp/,arrays.py expansion.py net
 $Ptf_pruned_model.h5: TF_pruning.py $PMLP_model_0.h5 | .venv/.ready
 	$(call step,TF_pruning.py)
 
-$Pdynamic_pruning_results.xlsx: dynamic_pruning_eval.py $(addprefix fhe_mlp/,neuron_removal.py quantized.py qat.py tables.py \
-		pbs_complexity.csv) $Ptf_pruned_model.h5 | .venv/.ready
+$Pdynamic_pruning_results.xlsx: dynamic_pruning_eval.py $(addprefix fhe_mlp/,candidates.py neuron_removal.py quantized.py \
+		qat.py tables.py pbs_complexity.csv) $Ptf_pruned_model.h5 | .venv/.ready
 	$(call step,dynamic_pruning_eval.py,$(if $(RATES),--rates $(RATES)))
 
 # The files of steps 4 and 5 have names that follow the results, and step 5's must survive an interrupt: stamps.

@@ -24,7 +24,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +33,17 @@ from tqdm import tqdm
 
 from fhe_mlp import ec57
 from fhe_mlp.arrays import Arrays, Rows, load_arrays, rows_of, training_probability, unseen_patients
+from fhe_mlp.candidates import (
+    ENCRYPTED_VALIDATION,
+    PENALTIES,
+    PENALTY_UNSEEN,
+    Lesson,
+    Quantized,
+    fit_linear,
+    lowest_cost,
+    quantize_relu,
+    quantize_tables,
+)
 from fhe_mlp.cli import (
     check_writable,
     machine_facts,
@@ -46,7 +56,6 @@ from fhe_mlp.cli import (
     write_json,
 )
 from fhe_mlp.networks import (
-    Layers,
     balanced_accuracy,
     build,
     by_rank,
@@ -64,10 +73,8 @@ from fhe_mlp.networks import (
 )
 from fhe_mlp.neuron_removal import revive, share_neurons, shrink
 from fhe_mlp.pictures import save_figure
-from fhe_mlp.qat import Ensemble, ReluEnsemble
 from fhe_mlp.quantized import BITS, NOISE_DRAWS, TOLERATED_LOSS, QuantizedNetwork, add_to_h5
 from fhe_mlp.report import settings_sheet, write_workbook
-from fhe_mlp.tables import LinearEnsemble, TableEnsemble
 
 if TYPE_CHECKING:
     import tf_keras
@@ -76,11 +83,6 @@ RATES = (*range(25, 91, 5), 92, *range(94, 101))  # percent of the hidden neuron
 FINE_TUNE_EPOCHS = 30  # after each rate; 0 is one-shot pruning
 BATCH_SIZE = 256  # beats a gradient step
 LEARNING_RATE = 2e-3  # of Adam at the start of each fine-tuning; falls to 0 along a cosine
-PENALTIES = (0.001, 0.01, 0.1, 1.0)  # C of logistic regression, tried on validation rows from strong to weak
-PENALTY_UNSEEN = (
-    3e-4  # for unseen patients, best on folds over the patients of DS1; five validation records cannot tell
-)
-ITERATIONS = 400  # of it at most
 WEIGHT_DECAY = 0.3  # decoupled, of weights and biases; narrow ranges survive quantization (tried on validation rows)
 MIN_WIDTH = 32  # neurons; with narrower hidden layers 0.3 to 1 points were lost at 3 and 4 bits (validation rows)
 ACTIVATIONS = ("table", "relu")  # what a quantized neuron computes: what it learns, or the float network's ReLU
@@ -89,13 +91,9 @@ QUANTIZATION_EPOCHS = 30  # of quantization-aware training, for each rate; 60 ga
 ROUNDING_BITS = 6  # of an accumulator that its bootstrap sees; at the same cost, 5 are 0.1 points worse, 4 more
 P_ERROR = 2.0**-6  # chance that one bootstrap is off by a step; 2^-13 costs twice as much and gains up to 0.2 points
 TRIALS = 3  # trainings of each number of bits, side by side
-REMOVAL_ROWS = 3000  # training rows that show which tables vary least
-SAME_COST = 0.01  # relative difference of complexity that nobody would notice
 KEEP = 10  # networks that are saved
-ENCRYPTED_VALIDATION = "val_balanced_accuracy_encrypted"  # by which networks are chosen
 QUANTIZED_ACCURACIES = [f"{part}_balanced_accuracy{kind}" for part in ("val", "test") for kind in ("", "_encrypted")]
 CYCLES = 20  # timed repetitions of each latency, after one that warms up
-Quantized = dict[int, pd.DataFrame]  # by rate, the rows of `candidates`
 
 
 def fine_tune(model: tf_keras.Sequential, rows: Rows, probability: np.ndarray, epochs: int, seed: int) -> None:
@@ -106,125 +104,6 @@ def fine_tune(model: tf_keras.Sequential, rows: Rows, probability: np.ndarray, e
     rate = tf_keras.optimizers.schedules.CosineDecay(LEARNING_RATE, steps)
     model.compile(tf_keras.optimizers.Adam(rate, weight_decay=WEIGHT_DECAY), "binary_crossentropy")
     model.fit(training_draws(*rows, probability, BATCH_SIZE, seed), epochs=epochs, verbose=0)
-
-
-def fit_linear(
-    data: Arrays, probability: np.ndarray, noise: float, seed: int, penalties: Sequence[float] = PENALTIES
-) -> Layers:
-    """The float network without hidden layers: logistic regression, whose penalty is chosen on validation rows.
-
-    Its loss is convex, and gradient steps with few thousand columns end up to 0.3 points away. probability: (n,) of the
-    training rows in a draw; noise: standard deviation that is added to the features; penalties: rising.
-    """
-    from sklearn.linear_model import LogisticRegression
-
-    X, y = data["train"]
-    X = X + np.float32(noise) * np.random.default_rng(seed).standard_normal(X.shape, dtype=np.float32)
-    model, found = LogisticRegression(warm_start=True, max_iter=ITERATIONS), []  # each starts from the one before
-    for penalty in penalties:
-        model.set_params(C=penalty).fit(X, y, sample_weight=probability * len(y))
-        layers = [(model.coef_.T.astype(np.float32), model.intercept_.astype(np.float32))]
-        found.append((balanced_accuracy(build(layers), *data["val"]), layers))
-    return max(found, key=lambda one: one[0])[1]
-
-
-def candidates(networks: Sequence[QuantizedNetwork], data: Arrays) -> pd.DataFrame:
-    """A row a network with its cost and accuracy; column "network" holds it.
-
-    The *_encrypted accuracies are those with the noise of p_error. Of each number of bits, the best on validation rows
-    is "chosen".
-    """
-    (X, _), rows = data["train"], []
-    for number, network in enumerate(networks):
-        trial = sum(other.bits == network.bits for other in networks[:number])
-        row = {"bits": network.bits, "trial": trial, "rounding_bits": network.rounding_bits}
-        row |= {"p_error": network.p_error, "pbs": network.pbs()}
-        row["predicted_complexity"] = network.predicted_complexity(X)
-        for part in ("val", "test"):
-            row[f"{part}_balanced_accuracy"] = network.balanced_accuracy(*data[part])
-            row[f"{part}_balanced_accuracy_encrypted"] = network.noisy_balanced_accuracy(*data[part])
-        rows.append({**row, "network": network})
-    table = pd.DataFrame(rows).sort_values(["bits", "trial"], ignore_index=True)
-    table["chosen"] = False
-    table.loc[table.groupby("bits")[ENCRYPTED_VALIDATION].idxmax(), "chosen"] = True
-    return table
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What quantization-aware training learns from; as Ensemble.train takes it."""
-
-    data: Arrays
-    targets: np.ndarray
-    probability: np.ndarray
-    noise: float
-    epochs: int
-    seed: int
-
-    def train(self, ensemble: Ensemble, title: str) -> pd.DataFrame:
-        """Train the ensemble and return its members as `candidates`."""
-        with tqdm(total=self.epochs, desc=title, unit="epoch") as bar:
-            ensemble.train(self.data, self.targets, self.probability, self.noise, self.epochs, self.seed, bar)
-        return candidates(ensemble.networks(self.data["train"][0]), self.data)
-
-
-def quantize_linear(layers: Layers, form: dict[str, Any], lesson: Lesson, title: str) -> pd.DataFrame:
-    """`candidates` from the float network `layers` without hidden layers, of each number of bits two.
-
-    Trial 0 is the network rounded, which can be enough; trial 1 is trained after that.
-    """
-    ensemble = LinearEnsemble(layers, **{**form, "bits": sorted(set(form["bits"]))})
-    rounded = ensemble.networks(lesson.data["train"][0])
-    trained = lesson.train(ensemble, title)["network"]
-    return candidates([*rounded, *trained], lesson.data)
-
-
-def quantize_relu(networks: dict[int, Layers], form: dict[str, Any], lesson: Lesson, least: float) -> Quantized:
-    """Quantize the networks by rate, the smallest first, until KEEP of them have `least` validation accuracy."""
-    found: Quantized = {}
-    for rate in sorted(networks, reverse=True):
-        title = f"{rate} % removed, quantized"
-        if len(networks[rate]) > 1:
-            found[rate] = lesson.train(ReluEnsemble(networks[rate], **form), title)
-        else:
-            found[rate] = quantize_linear(networks[rate], form, lesson, title)
-        if sum(one[ENCRYPTED_VALIDATION].max() >= least for one in found.values()) == KEEP:
-            break
-    return found
-
-
-def quantize_tables(networks: dict[int, Layers], start: Layers, form: dict[str, Any], lesson: Lesson) -> Quantized:
-    """Networks of as many tables as those by rate have neurons, at most those of `start`, which has one hidden layer.
-
-    Each starts from the one before, from which the neurons whose outputs vary least are removed; what has no neurons,
-    from the float network.
-    """
-    ensemble, found = TableEnsemble(start, **form), {}
-    widths = {rate: sum(len(bias) for _, bias in layers[:-1]) for rate, layers in sorted(networks.items())}
-    if any(0 < width <= ensemble.neurons for width in widths.values()):
-        lesson.train(ensemble, f"{ensemble.neurons} tables")
-    rows = np.random.default_rng(lesson.seed).choice(len(lesson.targets), REMOVAL_ROWS, p=lesson.probability)
-    for rate, width in widths.items():
-        if not width:
-            found[rate] = quantize_linear(networks[rate], form, lesson, f"{rate} % removed, linear")
-        elif width <= ensemble.neurons:
-            ensemble.remove(width, lesson.data["train"][0][rows])
-            found[rate] = lesson.train(ensemble, f"{rate} % removed, {width} tables")
-    return found
-
-
-def lowest_cost(quantized: pd.DataFrame, least: float) -> pd.Series:
-    """The row of the lowest cost of at least `least` validation accuracy or, where none has it, the most accurate.
-
-    Of those that cost the same but for SAME_COST, that of the most bits: its functions include those of the others, and
-    validation rows of few patients cannot tell them apart.
-    """
-    accuracy = quantized[ENCRYPTED_VALIDATION]
-    cost = quantized["predicted_complexity"]
-    if (accuracy < least).all():
-        return quantized.loc[accuracy.idxmax()]
-    same = quantized[(accuracy >= least) & (cost <= cost[accuracy >= least].min() * (1 + SAME_COST))]
-    return quantized.loc[same["bits"].idxmax()]
 
 
 def latency_ms(model: Callable, X: np.ndarray) -> tuple[float, float]:
@@ -422,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         lesson = Lesson(data, targets, probability, noise, args.quantization_epochs, args.seed)
         networks = {rate: dense_layers(model) for rate, model in models.items()}
         if args.activation == "relu":
-            found = quantize_relu(networks, form, lesson, goal - args.max_loss)
+            found = quantize_relu(networks, form, lesson, goal - args.max_loss, KEEP)
         else:
             one_layer = [min(TABLES, full[0]), *[0] * (len(full) - 1)]
             widest = revive(shrink(history[0][1], one_layer, data["train"][0]), rng)

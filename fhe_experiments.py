@@ -52,7 +52,7 @@ from fhe_mlp.cluster import Cluster, connect, scheduler_address
 from fhe_mlp.configuration import DEFAULT_PTQ, Configuration, Setting, identify, load_configuration, versions
 from fhe_mlp.deployment import check_new, export
 from fhe_mlp.networks import by_rank, public_map
-from fhe_mlp.quantized import BITS, TOLERATED_LOSS
+from fhe_mlp.quantized import BITS, SAME_COST, TOLERATED_LOSS
 from fhe_mlp.report import Report
 from fhe_mlp.steps import read_steps
 from fhe_mlp.store import Store
@@ -67,7 +67,6 @@ SIMULATED_ROWS = 500  # test rows for the simulated accuracy; simulation takes m
 ROUNDING_BITS = 6  # leading accumulator bits kept where Concrete ML quantizes; step 3's networks have their own
 P_ERROR = 2.0**-13  # of them: chance that one bootstrap is off by one step; Concrete ML's default is 2^-40
 MAX_SECONDS = 60.0  # seconds a sample above which a configuration is not run
-SAME_COST = 0.01  # relative difference of complexity that nobody would notice
 EXAMPLE_BEATS = 5  # of the training part, exported
 DATABASE = "fhe_results.sqlite"
 RESUME = f"finished results are in {DATABASE}; rerun the command to resume"  # printed after Ctrl-C

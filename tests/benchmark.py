@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 import dynamic_pruning_eval as step3  # noqa: E402
 import fhe_experiments as step5  # noqa: E402
 import MLP_model_0 as step1  # noqa: E402
-from fhe_mlp import circuit, cli, ec57, expansion, networks, report  # noqa: E402
+from fhe_mlp import candidates, circuit, cli, ec57, expansion, networks, report  # noqa: E402
 from fhe_mlp.arrays import CLIP_SD, rows_of, training_probability  # noqa: E402
 from fhe_mlp.configuration import DEFAULT_PTQ, Configuration, load_configuration  # noqa: E402
 from fhe_mlp.packed import PackedNetwork  # noqa: E402
@@ -221,11 +221,11 @@ def packed_linear(data: Row, seed: int) -> Iterator[Row]:
             split: (expansion.expand_scaled(data[split][0], spec, CLIP_SD), data[split][1])
             for split in ("train", "val", "test")
         }
-        layers = step3.fit_linear(mapped, data["probability"], data["noise"], seed, data["penalties"])
+        layers = candidates.fit_linear(mapped, data["probability"], data["noise"], seed, data["penalties"])
         form = {"bits": BITS[-1:], "rounding_bits": step3.ROUNDING_BITS, "p_error": step3.P_ERROR}
         epochs = step3.QUANTIZATION_EPOCHS
-        lesson = step3.Lesson(mapped, data["teacher"], data["probability"], data["noise"], epochs, seed)
-        found = step3.quantize_linear(layers, {**form, "X": mapped["train"][0]}, lesson, spec)
+        lesson = candidates.Lesson(mapped, data["teacher"], data["probability"], data["noise"], epochs, seed)
+        found = candidates.quantize_linear(layers, {**form, "X": mapped["train"][0]}, lesson, spec)
         best = found[found["chosen"]].iloc[0]
         module = PackedNetwork(best["network"])
         keygen_time = circuit.make_keys(module)
@@ -337,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     baseline = networks.load_mlp(args.workdir / "MLP_model_0.h5", "python MLP_model_0.py", X.shape[1])
     data["teacher"] = baseline(data["train"][0]).numpy()[:, 0]
     unseen = experiment.patients == "unseen patients"
-    data["penalties"] = (step3.PENALTY_UNSEEN,) if unseen else step3.PENALTIES
+    data["penalties"] = (candidates.PENALTY_UNSEEN,) if unseen else candidates.PENALTIES
     data["noise"] = step1.NOISE_UNSEEN if unseen else step1.NOISE
     with Store(args.workdir / step5.DATABASE) as store, warnings.catch_warnings(), tqdm(desc="models") as bar:
         warnings.simplefilter("ignore")  # scikit-learn's and skorch's own deprecations

@@ -20,7 +20,7 @@ import h5_onnx_converter as step4
 import MLP_model_0 as step1
 import preprocess_mitbih
 import TF_pruning as step2
-from fhe_mlp import cli, networks, neuron_removal
+from fhe_mlp import candidates, cli, networks, neuron_removal
 from fhe_mlp import quantized as q
 from fhe_mlp.arrays import load_arrays
 
@@ -325,7 +325,7 @@ def test_step3_files_hold_what_the_workbook_says(workdir, arrays, keras):
             assert network.pbs() == said.loc[bits, "pbs"] == sum(widths)
             trials = quantized[(quantized["rate_percent"] == row["rate_percent"]) & (quantized["bits"] == bits)]
             assert len(trials) == (step3.TRIALS if row["pbs"] else 2)
-            assert said.loc[bits, step3.ENCRYPTED_VALIDATION] == trials[step3.ENCRYPTED_VALIDATION].max()
+            assert said.loc[bits, candidates.ENCRYPTED_VALIDATION] == trials[candidates.ENCRYPTED_VALIDATION].max()
         if chosen:
             best = said.loc[row["quantized_bits"]]
             assert row["quantized_test_balanced_accuracy"] == best["test_balanced_accuracy"]

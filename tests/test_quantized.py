@@ -17,7 +17,7 @@ from conftest import small_network
 
 import dynamic_pruning_eval as step3
 import h5_onnx_converter as step4
-from fhe_mlp import circuit, cli, configuration, graphs, networks, neuron_removal, qat, tables
+from fhe_mlp import candidates, circuit, cli, configuration, graphs, networks, neuron_removal, qat, tables
 from fhe_mlp import quantized as q
 from fhe_mlp.arrays import load_arrays
 from fhe_mlp.packed import PackedNetwork
@@ -403,9 +403,11 @@ def test_rank_is_by_cost_among_the_accurate_and_by_accuracy_among_the_rest():
     small = table.assign(val_balanced_accuracy_encrypted=table["val_balanced_accuracy"], bits=[2, 5, 3, 4, 7])
     assert step3.rank(table, 0.98) == [2, 1, 4, 3, 0]
     assert step3.rank(table.drop(columns="quantized_val_balanced_accuracy_encrypted"), 0.98) == [0, 2, 1, 3, 4]
-    assert step3.lowest_cost(small[1:], 0.98)["rate_percent"] == 75
-    assert step3.lowest_cost(small, 1.0)["rate_percent"] == 25
-    assert step3.lowest_cost(small[1:].assign(predicted_complexity=[4e9, 4.01e9, 1, 1]), 0.98)["rate_percent"] == 50
+    assert candidates.lowest_cost(small[1:], 0.98)["rate_percent"] == 75
+    assert candidates.lowest_cost(small, 1.0)["rate_percent"] == 25
+    assert (
+        candidates.lowest_cost(small[1:].assign(predicted_complexity=[4e9, 4.01e9, 1, 1]), 0.98)["rate_percent"] == 50
+    )
 
 
 def linear_data(noise):
@@ -423,24 +425,26 @@ def test_the_penalty_of_a_linear_network_is_the_best_on_validation_rows(keras_on
     data, even = linear_data(1.0)
     found = {}
     for penalty in (1e-4, 1e-2, 1e3):
-        layers = step3.fit_linear(data, even, 0.0, 0, (penalty,))
+        layers = candidates.fit_linear(data, even, 0.0, 0, (penalty,))
         assert [(kernel.shape, bias.shape) for kernel, bias in layers] == [((40, 1), (1,))]
         found[networks.balanced_accuracy(networks.build(layers), *data["val"])] = layers
     assert len(found) > 1
-    chosen = step3.fit_linear(data, even, 0.0, 0, (1e-4, 1e-2, 1e3))
+    chosen = candidates.fit_linear(data, even, 0.0, 0, (1e-4, 1e-2, 1e3))
     assert networks.balanced_accuracy(networks.build(chosen), *data["val"]) == pytest.approx(max(found), abs=0.005)
 
 
 def test_a_linear_network_is_rounded_or_trained_whichever_is_better_on_validation_rows(keras_once):
     data, even = linear_data(0.7)
-    layers = step3.fit_linear(data, even, 0.0, 0)
+    layers = candidates.fit_linear(data, even, 0.0, 0)
     form = {"bits": [2, 2, 7, 7], "rounding_bits": 5, "p_error": 2.0**-6, "X": data["train"][0]}
-    found = step3.quantize_linear(layers, form, step3.Lesson(data, data["train"][1], even, 0.0, 2, 0), "linear")
+    found = candidates.quantize_linear(
+        layers, form, candidates.Lesson(data, data["train"][1], even, 0.0, 2, 0), "linear"
+    )
     assert list(zip(found["bits"], found["trial"])) == [(2, 0), (2, 1), (7, 0), (7, 1)]
     assert found["chosen"].sum() == 2 and (found["pbs"] == 0).all()
     for _, pair in found.groupby("bits"):
-        best = pair.loc[pair["chosen"], step3.ENCRYPTED_VALIDATION].item()
-        assert best == pair[step3.ENCRYPTED_VALIDATION].max()
+        best = pair.loc[pair["chosen"], candidates.ENCRYPTED_VALIDATION].item()
+        assert best == pair[candidates.ENCRYPTED_VALIDATION].max()
     kernel, bias = layers[0]
     rounded = found.loc[2, "network"].run(data["test"][0])[0]
     exact = (data["test"][0] @ kernel + bias)[:, 0]

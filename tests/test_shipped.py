@@ -103,7 +103,7 @@ def test_make_reruns_the_edited_stage_and_what_follows_and_nothing_else(tmp_path
         assert would_run(step) == STEPS[number:]
     for numbers in ("data/dataset.json", "fhe_mlp/arrays.py", "fhe_mlp/networks.py"):
         assert would_run(numbers) == STEPS
-    for numbers in ("quantized", "qat", "tables", "neuron_removal"):
+    for numbers in ("candidates", "quantized", "qat", "tables", "neuron_removal"):
         assert would_run(f"fhe_mlp/{numbers}.py") == STEPS[2:]
     assert would_run("fhe_mlp/graphs.py") == STEPS[3:]
     assert would_run(target="patients") == ["preprocess_mitbih.py", *STEPS]

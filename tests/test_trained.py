@@ -10,7 +10,7 @@ from conftest import refusal
 import dynamic_pruning_eval as step3
 import fhe_experiments as step5
 import h5_onnx_converter as step4
-from fhe_mlp import circuit, configuration, networks
+from fhe_mlp import candidates, circuit, configuration, networks
 from fhe_mlp import quantized as q
 from fhe_mlp.arrays import load_arrays
 
@@ -50,9 +50,9 @@ def quantized_run(arrays, tmp_path_factory):
     even = np.full(len(data["train"][1]), 1 / len(data["train"][1]))
     step3.fine_tune(model, data["train"], even, 2, 0)
     form = {"bits": [3, 3], "rounding_bits": 5, "p_error": float(EXACT), "X": data["train"][0]}
-    lesson = step3.Lesson(data, data["train"][1], even, 0.0, 2, 42)
+    lesson = candidates.Lesson(data, data["train"][1], even, 0.0, 2, 42)
     layers = networks.dense_layers(model)
-    found = step3.quantize_tables({90: layers}, layers, form, lesson)[90]
+    found = candidates.quantize_tables({90: layers}, layers, form, lesson)[90]
     three = found.loc[found["chosen"], "network"]
     assert len(three) == 1
     path = folder / "pruned_model_top_1_prune_90_acc_0.9.h5"
