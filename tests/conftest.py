@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -227,6 +228,16 @@ def call(folder, script, *argv, status=0):
     assert len(lines) == 1, lines
     assert done.stdout == ""
     return lines[0]
+
+
+def exchange(hospital, server):
+    """Keys, encryption of the example beats, their answers, and everything that travels in its place."""
+    call(hospital, "client.py", "keys")
+    call(hospital, "client.py", "encrypt", "example_beats.csv")
+    for name in ("encrypted_beats.zip", "evaluation_keys.zip"):
+        shutil.copy(hospital / name, server)
+    call(server, "server.py", "encrypted_beats.zip", "evaluation_keys.zip")
+    shutil.copy(server / "encrypted_answers.zip", hospital)
 
 
 def describe(features):

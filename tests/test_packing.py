@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import shutil
+import struct
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, call, describe
+from conftest import ROOT, call, describe, exchange
 
 from fhe_mlp import circuit, deployment, expansion, packing
 from fhe_mlp.configuration import Configuration, Setting
@@ -46,12 +48,7 @@ def sides(module, tmp_path_factory):
     examples = np.argsort(clear)[[0, 150, -1, 1]]
     deployment.export(module[0], {**describe(32), "expand": MAP}, ROWS[examples], folder)
     hospital, server = folder / "client", folder / "server"
-    call(hospital, "client.py", "keys")
-    call(hospital, "client.py", "encrypt", "example_beats.csv")
-    for name in ("encrypted_beats.zip", "evaluation_keys.zip"):
-        shutil.copy(hospital / name, server)
-    call(server, "server.py", "encrypted_beats.zip", "evaluation_keys.zip")
-    shutil.copy(server / "encrypted_answers.zip", hospital)
+    exchange(hospital, server)
     return hospital, server, clear[examples]
 
 
@@ -113,6 +110,30 @@ def test_a_payload_of_another_layout_never_gets_to_the_library(sides, tmp_path, 
     else:
         line = call(hospital, "client.py", "decrypt", tmp_path / "box.zip", status=2)
     assert "a payload is not whole" in line
+
+
+def test_boxes_of_a_network_with_bootstraps_are_called_of_another_model(sides, tmp_path):
+    hospital, server = sides[:2]
+    names = {"model": "0" * 64, "key": "0", "beats": "0"}
+    for kind in packing.KINDS:
+        boxes.write_box(tmp_path / f"{kind}.zip", kind, names, [struct.pack("<IIQ", 0, 1, 7)])
+    beats, keys = tmp_path / "encrypted beats.zip", tmp_path / "evaluation keys.zip"
+    for argv in ((beats, "evaluation_keys.zip"), ("encrypted_beats.zip", keys)):
+        line = call(server, "server.py", *argv, "--output", tmp_path / "out.zip", status=2)
+        assert "must come from one export" in line
+    line = call(hospital, "client.py", "decrypt", tmp_path / "encrypted answers.zip", status=2)
+    assert "must come from one export" in line
+
+
+def test_a_description_of_another_version_and_a_damaged_network_are_refused(sides, tmp_path):
+    hospital, server = (shutil.copytree(side, tmp_path / side.name) for side in sides[:2])
+    model = json.loads((hospital / "model.json").read_text())
+    (hospital / "model.json").write_text(json.dumps({name: model[name] for name in model if name != "linear"}))
+    line = call(hospital, "client.py", "encrypt", "example_beats.csv", status=2)
+    assert "model.json: cannot be used (it has no linear" in line
+    (server / "server.zip").write_bytes((server / "server.zip").read_bytes()[:500])
+    line = call(server, "server.py", "encrypted_beats.zip", "evaluation_keys.zip", status=2)
+    assert "server.zip: cannot be used" in line and "restore it" in line
 
 
 def test_a_layout_is_what_all_values_of_a_kind_share():
