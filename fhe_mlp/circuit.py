@@ -104,12 +104,15 @@ def cost(configuration: Configuration) -> tuple[dict[str, Any], QuantizedModule 
         module = compile_circuit(configuration)
     except CIRCUIT_ERRORS as error:
         return {"status": "cannot compile", "reason": first_line(error)}, None
-    facts = {"rounding_bits": configuration.rounding_bits, "compile_time": time.perf_counter() - started}
+    facts = {"compile_time": time.perf_counter() - started}
     if isinstance(module, PackedNetwork):
         facts |= module.facts()
     else:
         circuit = module.fhe_circuit
         facts |= {
+            "rounding_bits": configuration.rounding_bits,
+            "p_error": configuration.p_error,
+            "p_any_pbs_off": 1 - (1 - configuration.p_error) ** circuit.programmable_bootstrap_count,
             "pbs": circuit.programmable_bootstrap_count,
             "complexity": circuit.complexity,
             "widest_integer_bits": circuit.graph.maximum_integer_bit_width(),
@@ -118,8 +121,6 @@ def cost(configuration: Configuration) -> tuple[dict[str, Any], QuantizedModule 
             "secret_keys_kB": circuit.size_of_secret_keys / 1e3,
         }
     facts |= {
-        "p_error": configuration.p_error,
-        "p_any_pbs_off": 1 - (1 - configuration.p_error) ** facts["pbs"],
         "predicted_memory_MB": facts["evaluation_keys_MB"] * MEMORY_PER_KEY_BYTE,
         "status": "ok",
         "reason": "",

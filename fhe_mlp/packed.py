@@ -28,14 +28,15 @@ class PackedNetwork:
         }
 
     def facts(self) -> dict[str, Any]:
-        """What `circuit.cost` says of a circuit; there is no bootstrap, and complexity counts nothing else."""
+        """What `circuit.cost` says of a circuit, but for rounding bits and p_error, which only bootstraps have.
+
+        Complexity counts nothing else, so it is 0.
+        """
         keys = self.key_bytes()
         top = 2 ** (self.network.input_bits - 1) - 1
         widest = top * int(np.abs(self.network.last.linear).sum())
         return {
-            "compile_time": 0.0,
             "pbs": 0,
-            "p_any_pbs_off": 0.0,
             "complexity": 0.0,
             "widest_integer_bits": widest.bit_length() + 1,
             "evaluation_keys_MB": keys / 1e6,
