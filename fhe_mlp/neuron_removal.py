@@ -1,4 +1,4 @@
-"""Removal of neurons and layers from float networks (step 3)."""
+"""Removal of neurons and layers from float networks, and of neurons from a sum of tables (step 3)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from fhe_mlp.networks import Layers
+
+RIDGE = 1e-3  # squared logits and squared sd; keeps a column that is nearly the sum of others from a huge share
 
 
 def zero_counts(layers: Layers, index: int) -> np.ndarray:
@@ -101,3 +103,29 @@ def revive(layers: Layers, rng: np.random.Generator) -> Layers:
         next_kernel[empty] = 0
         layers = [*layers[:index], (kernel, bias), (next_kernel, next_bias), *layers[index + 2 :]]
     return layers
+
+
+def replace_neurons(
+    X: np.ndarray, outputs: np.ndarray, weights: np.ndarray, keep: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Which `keep` neurons of a sum of outputs (n, neurons), in logits, stay, and what replaces the others.
+
+    Optimal Brain Surgeon (Hassibi & Stork, NeurIPS 1992), one neuron at a time: of least squares in which each row
+    counts by its weight (n,), that neuron is removed whose place the features X (n, features) and the neurons that are
+    left take with the least error. Returns the kept neurons, rising, the factor (neurons,) of each output, 0 for one
+    that is removed, and the weights (features,) and the constant that are added to the sum.
+    """
+    weights = weights / weights.sum()
+    x, y = X - weights @ X, outputs - weights @ outputs
+    by_features = np.linalg.solve((x.T * weights) @ x + RIDGE * np.eye(x.shape[1]), (x.T * weights) @ y)
+    rest = y - x @ by_features
+    hessian = (rest.T * weights) @ rest + RIDGE * np.eye(y.shape[1])
+    factor, kept = np.ones(y.shape[1]), np.arange(y.shape[1])
+    while len(kept) > keep:
+        inverse = np.linalg.inv(hessian[np.ix_(kept, kept)])
+        gone = np.argmin(factor[kept] ** 2 / np.diag(inverse))
+        factor[kept] -= inverse[:, gone] * (factor[kept[gone]] / inverse[gone, gone])
+        factor[kept[gone]] = 0
+        kept = np.delete(kept, gone)
+    linear = by_features @ (1 - factor)
+    return kept, factor, linear, float(weights @ (outputs @ (1 - factor) - X @ linear))

@@ -23,6 +23,7 @@ INPUT_BITS = 5  # of the features at least; Concrete ML's own least width of a n
 LAST_WEIGHT_BITS = 3  # of the last layer after ReLUs at most: its accumulator is decrypted to the last bit, and wide
 LAST_INPUT_BITS = 4  # ones are expensive; and of the activations that go into it
 BATCH_SIZE = 128  # beats a gradient step
+LOSS_POWER = 0.4  # of generalized_cross_entropy; docs/METHOD.md has what was tried
 ROOM = 0.6  # steps that the range penalty keeps free at both ends of the accumulator's range
 
 
@@ -31,6 +32,18 @@ def straight_through(x: tf.Tensor, rounded: tf.Tensor) -> tf.Tensor:
     import tensorflow as tf
 
     return x + tf.stop_gradient(rounded - x)
+
+
+def generalized_cross_entropy(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+    """Loss (1 - p^q) / q of each logit, where p is the probability of its label, which may lie between 0 and 1.
+
+    Zhang & Sabuncu, NeurIPS 2018 (arXiv:1805.07836), with q = LOSS_POWER; cross-entropy is its limit for q = 0. A beat
+    that a small network cannot get right costs at most 1 / q, so that it does not pull the others over the threshold.
+    """
+    import tensorflow as tf
+
+    loss = (-tf.math.expm1(LOSS_POWER * tf.math.log_sigmoid(sign * logits)) / LOSS_POWER for sign in (1, -1))
+    return labels * next(loss) + (1 - labels) * next(loss)
 
 
 def largest_integer(bits: Any) -> Any:
@@ -159,21 +172,23 @@ class Ensemble:
                 with tf.GradientTape() as tape:
                     logits, penalty = self.forward(batch, rounding_noise)
                     labels = tf.broadcast_to(tf.gather(wanted, chosen), tf.shape(logits))
-                    losses = tf.nn.sigmoid_cross_entropy_with_logits(labels, logits)
+                    losses = generalized_cross_entropy(labels, logits)
                     loss = tf.reduce_sum(tf.reduce_mean(losses, axis=1) + penalty)
                 gradients = map(tf.convert_to_tensor, tape.gradient(loss, variables))  # of tables: sparse ones
                 optimizer.apply_gradients(zip(gradients, variables))
 
-        @tf.function
-        def validation_logits() -> tf.Tensor:
-            return self.forward(X_val, rounding_noise)[0]
+        weights, labels_val = (tf.constant(part, self.dtype) for part in (balanced_weights(y_val), y_val))
 
-        weights, sign = balanced_weights(y_val), 1 - 2 * y_val
+        @tf.function
+        def validation_loss() -> tf.Tensor:
+            losses = generalized_cross_entropy(labels_val, self.forward(X_val, rounding_noise)[0])
+            return tf.reduce_mean(weights * losses, axis=1)
+
         best, kept = np.full(len(self.bits), np.inf), [variable.numpy() for variable in variables]
         for _ in range(epochs):
             epoch(tf.constant(rng.choice(len(X), drawn, p=probability)))
             self.fit_ranges(X)
-            loss = np.mean(np.logaddexp(0, sign * validation_logits().numpy()) * weights, axis=1)
+            loss = validation_loss().numpy()
             for old, new in zip(kept, variables):
                 old[loss < best] = new.numpy()[loss < best]
             best = np.minimum(best, loss)

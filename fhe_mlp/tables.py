@@ -14,8 +14,10 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy import special
 
 from fhe_mlp.networks import Layers
+from fhe_mlp.neuron_removal import replace_neurons
 from fhe_mlp.qat import ROOM, Ensemble, best_scale, hidden_layer, integers, largest_integer, straight_through
 from fhe_mlp.quantized import HiddenLayer, LastLayer, QuantizedNetwork
 
@@ -29,6 +31,7 @@ MOST = SUM_STEP * MOST_STEPS  # the same in logits
 COARSER = 1.02  # factor by which the step of a network whose sums need more bits grows, until they do not
 VALUES_AT_ONCE = 2_000_000  # of features, in the memory of all members
 FITTING_ROUNDS = 2  # the second sees what rounding the weights anew has moved
+LEAST_CURVATURE = 0.02  # of the loss, of a row whose decision is certain, when neurons are removed
 SMOOTHNESS = 2e-4  # weight of the squared second differences of the tables (2e-3: 0.2 points less on validation rows)
 
 
@@ -183,18 +186,26 @@ class TableEnsemble(LinearEnsemble):
             self.parts[name].assign(value)
 
     def remove(self, keep: int, rows: np.ndarray) -> None:
-        """Keep in each member the `keep` neurons whose outputs vary most over `rows` (n, features).
+        """Keep in each member the `keep` neurons that the others and the linear path replace worst over `rows`
+        (n, features), and have them replace the rest; see neuron_removal.replace_neurons.
 
-        The mean output of those that are removed goes into the offset.
+        A row counts by the curvature of the cross-entropy there, so most where the decision is open.
         """
-        values = {name: variable.numpy() for name, variable in self.parts.items()}
-        outputs = self.outputs(self.inputs(rows))[0].numpy()
-        order = np.argsort(-outputs.var(axis=1), axis=1)
-        kept, gone = np.sort(order[:, :keep], axis=1), order[:, keep:]
-        values["offset"] += np.take_along_axis(outputs.mean(axis=1), gone, 1).sum(axis=1)[:, None, None]
+        values = {name: variable.numpy().astype(np.float64) for name, variable in self.parts.items()}
+        inputs, probability = self.inputs(rows), special.expit(self.forward(rows)[0].numpy().astype(np.float64))
+        outputs, kept = self.outputs(inputs)[0].numpy().astype(np.float64), []
+        for m, weights in enumerate(probability * (1 - probability) + LEAST_CURVATURE):
+            X = inputs[m].numpy() * self.input_step[m, 0, 0]
+            stay, factor, linear, constant = replace_neurons(X, outputs[m], weights, keep)
+            kept.append(stay)
+            values["table"][m] *= factor[:, None]
+            values["linear"][m, :, 0] += linear
+            values["offset"][m] += constant
+        reach = np.abs(values["linear"]).max(axis=1, keepdims=True)
+        values["linear_scale"] = np.maximum(values["linear_scale"], np.log(np.maximum(reach, 1e-9) / self.top))
         for name in ("kernel", "scale", "bias"):
-            values[name] = np.take_along_axis(values[name], kept[:, None], axis=2)
-        values["table"] = np.take_along_axis(values["table"], kept[:, :, None], axis=1)
+            values[name] = np.take_along_axis(values[name], np.array(kept)[:, None], axis=2)
+        values["table"] = np.take_along_axis(values["table"], np.array(kept)[:, :, None], axis=1)
         self._set(values)
 
     def hidden(self, parts: dict[str, np.ndarray], m: int, X: np.ndarray) -> tuple[HiddenLayer, ...]:

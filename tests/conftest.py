@@ -26,7 +26,9 @@ SMALL = {  # settings of step 5 in tests: wide circuits of default PTQ take half
     "DEFAULT_PTQ_BITS": (2,),
     "SIMULATED_ROWS": 60,
     "ROUNDING_BITS": 4,
+    "P_ERROR": 2.0**-40,  # the keys of 2^-13 are larger, and take longer
 }
+SMALL_LAYER = {"MEASURED_NEURONS": 2, "MEASURED_ROUNDING_BITS": 3}  # the same, of the layer that measures the machine
 RATES = ("--rates", "25", "75", "90", "100")  # of step 3
 ABNORMAL = ("V", "A", "F")  # abnormal symbols that the records hold besides N
 
@@ -180,12 +182,19 @@ def small_network(path, widths=(32, 3, 2, 1), last="Sigmoid", edit=lambda weight
     return path
 
 
+def three_inputs(weights):
+    """Of small_network, without the others: at 2 and 3 bits, 5 rounding bits then hold the whole accumulators."""
+    return {**weights, "w0": np.where(np.arange(len(weights["w0"]))[:, None] < 3, weights["w0"], 0)}
+
+
 def command(*argv: str, prelude: str = "") -> list[str]:
     """Step 5 in a process of its own, with the settings SMALL; prelude: code before it starts, with step 5 as `s`."""
     code = (
         "import sys, fhe_experiments as s\nfrom fhe_mlp.cli import run_in_child\n"
         + "".join(f"s.{name} = {value!r}\n" for name, value in SMALL.items())
-        + f"from fhe_mlp import circuit\ncircuit.MEASURED_NEURONS = 2\n{prelude}\nsys.argv[0] = 'fhe_experiments.py'\n"
+        + "from fhe_mlp import circuit\n"
+        + "".join(f"circuit.{name} = {value!r}\n" for name, value in SMALL_LAYER.items())
+        + f"{prelude}\nsys.argv[0] = 'fhe_experiments.py'\n"
         "run_in_child(lambda: s.main(sys.argv[1:]), s.RESUME, s.show_saved)\n"
     )
     return [sys.executable, "-c", code, *argv]
@@ -198,9 +207,9 @@ def small_settings():
     from fhe_mlp import circuit
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(circuit, "MEASURED_NEURONS", 2)
-        for name, value in SMALL.items():
-            patch.setattr(fhe_experiments, name, value)
+        for module, settings in ((circuit, SMALL_LAYER), (fhe_experiments, SMALL)):
+            for name, value in settings.items():
+                patch.setattr(module, name, value)
         yield
 
 
@@ -264,6 +273,6 @@ def describe(features):
 def options(arrays, folder, *more, **network):
     """Arguments of step 5 for one small network in `folder`, which is made there."""
     if not (folder / "small.onnx").exists():
-        small_network(folder / "small.onnx", **{"widths": (32, 3, 1), **network})
+        small_network(folder / "small.onnx", **{"widths": (32, 3, 1), "edit": three_inputs, **network})
     common = ["--data-dir", arrays, "--workdir", folder, "--models", folder / "small.onnx", "--samples", "2", *more]
     return [str(word) for word in common]

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import pandas as pd
 import pytest
-from conftest import ROOT, command, refusal, small_network
+from conftest import ROOT, command, options, refusal, small_network
 from test_experiments import steady
 
 import fhe_experiments as step5
@@ -38,8 +38,8 @@ def scheduler(tmp_path):
         while not file.exists():  # which the scheduler writes when it listens
             assert started[0].poll() is None
         for name in ("first", "second"):
-            options = ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--name", name]
-            worker = [*dask, "worker", "--scheduler-file", str(file), *options, "--local-directory", str(tmp_path)]
+            flags = ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--name", name]
+            worker = [*dask, "worker", "--scheduler-file", str(file), *flags, "--local-directory", str(tmp_path)]
             started.append(subprocess.Popen(worker, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL))
         yield json.loads(file.read_text())["address"], started[1:]
     finally:
@@ -51,11 +51,9 @@ def scheduler(tmp_path):
 def test_a_killed_worker_loses_only_its_own_configuration_which_is_done_elsewhere(arrays, tmp_path, scheduler):
     address, workers = scheduler
     here, there = tmp_path / "here", tmp_path / "there"
-    options = ["--data-dir", str(arrays), "--bits", "2", "3", "4", "5", "--samples", "3"]
     for folder in (here, there):
         folder.mkdir()
-        small_network(folder / "small.onnx", widths=(32, 3, 1))
-    step5.main([*options, "--workdir", str(here), "--models", str(here / "small.onnx")])
+    step5.main(options(arrays, here, "--bits", "2", "3", "4"))
     lost = []
 
     def kill_a_busy_worker():
@@ -71,25 +69,24 @@ def test_a_killed_worker_loses_only_its_own_configuration_which_is_done_elsewher
 
     killer = threading.Thread(target=kill_a_busy_worker)
     killer.start()
-    step5.main([*options, "--workdir", str(there), "--models", str(there / "small.onnx"), "--scheduler", address])
+    step5.main(options(arrays, there, "--bits", "2", "3", "4", "--scheduler", address))
     killer.join()
     assert lost
     assert sum(worker.poll() is not None for worker in workers) == 1
     pd.testing.assert_frame_equal(steady(there), steady(here))
     rows = steady(there)
-    assert list(rows["q_bits"]) == [2, 3, 4, 5]
+    assert list(rows["q_bits"]) == [2, 3, 4]
     assert (rows["status"] == "ok").all()
-    assert (rows["num_items"] == 3).all()
+    assert (rows["num_items"] == 2).all()
     assert (rows["host"] == os.uname().nodename).all()
     assert (rows["cores"] == len(os.sched_getaffinity(0))).all()
 
 
 def test_the_command_shares_the_cores_of_this_machine_among_workers_that_measure_its_speed(arrays, tmp_path):
-    model = small_network(tmp_path / "small.onnx", widths=(32, 2, 1))
-    common = ["--data-dir", str(arrays), "--workdir", str(tmp_path), "--models", str(model), "--bits", "2", "3"]
     workers = min(2, os.cpu_count())
     not_here = "def no(*a): raise AssertionError\ncircuit.run_encrypted = no"  # the workers have their own modules
-    argv = command(*common, "--samples", "1", "--scheduler", f"local:{workers}", prelude=not_here)
+    asked = options(arrays, tmp_path, "--bits", "2", "3", "--scheduler", f"local:{workers}")
+    argv = command(*asked, prelude=not_here)
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = steady(tmp_path)

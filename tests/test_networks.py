@@ -250,6 +250,33 @@ def test_removing_dead_neurons_changes_nothing():
     np.testing.assert_allclose(forward(smaller, other), forward(layers, other), atol=1e-4, rtol=1e-5)
 
 
+def test_the_neuron_of_least_error_is_removed_from_a_sum():
+    """Against least squares on the weighted rows with each neuron left out, and one that the others can replace."""
+    rng = np.random.default_rng(5)
+    X, weights = rng.normal(size=(400, 3)), rng.uniform(0.1, 1, 400)
+    outputs = np.maximum(X @ rng.normal(size=(3, 6)) + rng.normal(size=6), 0) * rng.uniform(1, 3, 6)
+    total = outputs.sum(axis=1)
+
+    def error(left):
+        columns = np.sqrt(weights)[:, None] * np.column_stack([X, np.ones(400), outputs[:, left]])
+        return np.linalg.lstsq(columns, np.sqrt(weights) * total, rcond=None)[1].item()
+
+    before = list(range(6))
+    for keep in (5, 4):  # one at a time; for the second, what the first has left
+        kept, factor, linear, constant = neuron_removal.replace_neurons(X, outputs, weights, keep)
+        errors = {gone: error([n for n in before if n != gone]) for gone in before}
+        assert set(before) - set(kept) == {min(errors, key=errors.get)}
+        replaced = outputs @ factor + X @ linear + constant
+        assert weights @ (replaced - total) ** 2 == pytest.approx(min(errors.values()), rel=0.05)
+        assert (factor != 0).sum() == keep
+        before = list(kept)
+    outputs[:, 2] = X @ [1, -2, 0.5] + 0.5 * outputs[:, 4] + 7
+    kept, factor, linear, constant = neuron_removal.replace_neurons(X, outputs, weights, 5)
+    assert list(kept) == [0, 1, 3, 4, 5]
+    np.testing.assert_allclose(factor, [1, 1, 0, 1, 1.5, 1], atol=0.02)
+    np.testing.assert_allclose([*linear, constant], [1, -2, 0.5, 7], atol=0.05)
+
+
 def test_shrink_takes_neurons_with_most_zeros_then_least_saliency():
     layers = random_layers((32, 4, 3, 1))
     layers[0][0][:20, 2] = 0

@@ -129,16 +129,36 @@ def test_a_range_is_moved_to_the_middle_and_the_function_stays(keras_once):
         assert np.abs(outputs - want).max() <= 0.05 * unit + 1
 
 
-def test_neurons_are_removed_where_outputs_vary_least_and_their_mean_stays(keras_once):
+def test_of_tables_those_are_removed_whose_place_others_can_take(keras_once):
+    """In one member neuron 2 gives the same for every row, in the other neuron 4 half of what neuron 1 gives."""
     ensemble = tables.TableEnsemble(float_layers((32, 6, 1)), [4, 7], 5, 2.0**-6, random_rows(500), "float64")
-    quiet = ensemble.parts["table"].numpy()
-    quiet[0, 2], quiet[1, 4] = 3.0, -2.0  # the same for every row
-    ensemble.parts["table"].assign(quiet)
+    values = {name: variable.numpy() for name, variable in ensemble.parts.items()}
+    values["table"] = 4 * values["table"]
+    values["table"][0, 2] = 3.0
+    for name in ("kernel", "scale", "bias"):
+        values[name][1, :, 4] = values[name][1, :, 1]
+    values["table"][1, 4] = values["table"][1, 1] / 2
+    for name, value in values.items():
+        ensemble.parts[name].assign(value)
     rows = random_rows(300, seed=3)
-    before = ensemble.forward(rows)[0].numpy()
+    before, table = ensemble.forward(rows)[0].numpy(), ensemble.parts["table"].numpy()
     ensemble.remove(5, rows)
     assert ensemble.neurons == 5
-    np.testing.assert_allclose(ensemble.forward(rows)[0].numpy(), before, atol=1e-9)
+    after = ensemble.forward(rows)[0].numpy()
+    np.testing.assert_allclose(after[0], before[0], atol=1e-9)
+    np.testing.assert_allclose(ensemble.parts["table"].numpy()[0], np.delete(table[0], 2, axis=0), atol=1e-9)
+    assert np.abs(after[1] - before[1]).max() <= 2 * tables.SUM_STEP  # entries are rounded to steps
+    assert np.std(before[1]) > 10 * tables.SUM_STEP
+
+
+def test_hopeless_rows_have_a_bounded_loss_and_soft_labels_keep_their_side(keras_once):
+    logits = np.linspace(-30, 30, 601)
+    loss = {label: qat.generalized_cross_entropy(label, logits).numpy() for label in (0.0, 0.3, 1.0)}
+    p = 1 / (1 + np.exp(-logits))
+    np.testing.assert_allclose(loss[1.0], (1 - p**0.4) / 0.4, atol=1e-9)
+    np.testing.assert_allclose(loss[0.0], loss[1.0][::-1], atol=1e-12)
+    assert loss[1.0].max() <= 1 / qat.LOSS_POWER
+    assert -5 < logits[loss[0.3].argmin()] < 0
 
 
 @pytest.mark.parametrize("kind", [qat.ReluEnsemble, tables.TableEnsemble])
