@@ -1,11 +1,11 @@
 """What this pipeline gives against what else a user could pick, measured in one run on the same arrays.
 
-Measured are the configurations on the front of the last run of step 5, default PTQ (the best float network of step 3
-with n_bits only), Concrete ML's own models, linear networks on public maps of the features (no bootstrap; steps 1 to 5
-make them with --expand) and an MLP with square activation under CKKS (TenSEAL). Accuracy is that of the
-quantized model on the whole test set; seconds are encrypted, one beat at a time, with all that the client does; where
-beats are packed, beats a second are given instead. Bytes are those of one beat, without keys.
-Rivals are trained on the draws and with the noise of step 1.
+Measured are the configurations on the front of the last run of step 5, quantized ReLUs in place of their tables,
+default PTQ (the best float network of step 3 with n_bits only), Concrete ML's own models, linear networks on public
+maps of the features (no bootstrap; steps 1 to 5 make them with --expand) and an MLP with square activation under CKKS
+(TenSEAL). Accuracy is that of the quantized model on the whole test set; seconds are encrypted, one beat at a time,
+with all that the client does; where beats are packed, beats a second are given instead. Bytes are those of one beat,
+without keys. Rivals are trained on the draws and with the noise of step 1.
 
 Reads   what steps 1 to 5 wrote to --workdir, and the arrays in --data-dir
 Writes  its rows to fhe_results.sqlite in --workdir, and fhe_summary.xlsx (sheet "comparison") and fhe_frontier.png anew
@@ -30,11 +30,20 @@ sys.path.insert(0, str(ROOT))
 
 import dynamic_pruning_eval as step3  # noqa: E402
 import fhe_experiments as step5  # noqa: E402
+import h5_onnx_converter as step4  # noqa: E402
 import MLP_model_0 as step1  # noqa: E402
 from fhe_mlp import candidates, circuit, cli, ec57, expansion, networks, report  # noqa: E402
 from fhe_mlp.arrays import CLIP_SD, rows_of, training_probability  # noqa: E402
-from fhe_mlp.configuration import DEFAULT_PTQ, Configuration, load_configuration  # noqa: E402
+from fhe_mlp.configuration import (  # noqa: E402
+    DEFAULT_PTQ,
+    Configuration,
+    calibration_rows,
+    encrypted_part,
+    load_configuration,
+)
+from fhe_mlp.graphs import to_onnx  # noqa: E402
 from fhe_mlp.packed import PackedNetwork  # noqa: E402
+from fhe_mlp.qat import ReluEnsemble  # noqa: E402
 from fhe_mlp.quantized import BITS  # noqa: E402
 from fhe_mlp.store import Store  # noqa: E402
 
@@ -43,6 +52,8 @@ FEWEST_SAMPLES = 10  # of a model that takes longer than SAMPLING_SECONDS
 SAMPLING_SECONDS = 30.0
 BUDGET_SECONDS = 10.0  # predicted for a beat, above which a model is not run encrypted
 MAPS = ("products", "fourier:512", "fourier:2048")  # public ones, of the linear networks
+RELU_NEURONS = 20  # of the network of quantized ReLUs, or as near as step 3 has kept one; fewer lose more
+RELU_FORM = {"bits": (6,) * step3.TRIALS, "rounding_bits": 5, "p_error": 2.0**-13}  # what did best with ReLUs
 CKKS_EPOCHS = 60
 CKKS_BATCH = 4096  # beats: the slots of a ciphertext with ring 8192
 NOTHING = "nothing"  # that a client computes besides scaling, encryption, decryption and the sign of the answer
@@ -144,6 +155,23 @@ def pipeline(
         one = load_configuration(path, bits, experiment.setting, data, experiment.calibration, experiment.basis)
         name = f"{path.stem.split('_acc')[0].removeprefix('pruned_model_')}, {bits} bits"
         yield measured(one, {"name": name, "kind": report.OURS}, data, speed)
+
+
+def quantized_relus(workdir: Path, experiment: step5.Experiment, data: Row, speed: Row, seed: int) -> Iterator[Row]:
+    """A float network of step 3 as `dynamic_pruning_eval.py --activation relu` quantizes it."""
+    kept = [networks.load_mlp(p, "python dynamic_pruning_eval.py") for p in networks.by_rank(workdir, ".h5")]
+    widths = [sum(len(bias) for _, bias in networks.dense_layers(model)[:-1]) for model in kept]
+    nearest = min(range(len(kept)), key=lambda number: abs(widths[number] - RELU_NEURONS))
+    X, name = data["train"][0], f"{widths[nearest]} ReLU neurons, {RELU_FORM['bits'][0]} bits"
+    form = (data["teacher"], data["probability"], data["noise"], step3.QUANTIZATION_EPOCHS, seed)
+    found = candidates.Lesson(experiment.data, *form).train(
+        ReluEnsemble(networks.dense_layers(kept[nearest]), **RELU_FORM, X=X), name
+    )
+    network = found.loc[found["chosen"], "network"].item()
+    graph = encrypted_part(to_onnx(network, step4.OPSET)).SerializeToString()
+    rounding_bits, p_error, rows = network.rounding_bits, network.p_error, calibration_rows(network, X)
+    one = Configuration(name, network.bits, graph, rounding_bits, p_error, True, experiment.setting, rows, {})
+    yield measured(one, {"name": name, "kind": "quantized ReLUs"}, data, speed)
 
 
 def default_ptq(path: Path, compared: int, experiment: step5.Experiment, data: Row, speed: Row) -> Iterator[Row]:
@@ -352,6 +380,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         reference = step5.reference_network(args.workdir, paths)
         for source in (
             pipeline(args.workdir, summary, experiment, data, speed),
+            quantized_relus(args.workdir, experiment, data, speed, args.seed),
             default_ptq(reference, compared, experiment, data, speed),
             concrete_ml_models(data, speed, args.seed),
             packed_linear(data, args.seed),

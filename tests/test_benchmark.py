@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import benchmark
+import numpy as np
 import pytest
 
+import fhe_experiments as step5
+from fhe_mlp import networks
 from fhe_mlp.arrays import draw_probability, load_arrays, rows_of
 
 
@@ -42,3 +45,19 @@ def test_ckks_decides_as_in_the_clear_one_beat_at_a_time_and_packed(data):
     assert packed["decisions_equal_clear"] >= 0.99 * 4096 and packed["n"] == 4096
     assert packed["beats_per_second"] > 0 and "seconds" not in packed  # of a beat, which packing does not have
     assert packed["up_kB"] < single["up_kB"] / 50
+
+
+def test_quantized_relus_are_those_of_the_kept_network_nearest_in_size(arrays, data, tmp_path, monkeypatch):
+    networks.start_tensorflow(0)
+    monkeypatch.setattr(benchmark, "RELU_NEURONS", 4)
+    rng = np.random.default_rng(0)
+    for rank, neurons in enumerate((2, 5), 1):
+        shapes = ((32, neurons), (neurons, 1))
+        layers = [(rng.normal(size=shape).astype("f4") / 5, np.zeros(shape[1], "f4")) for shape in shapes]
+        networks.save_mlp(networks.build(layers), tmp_path / f"pruned_model_top_{rank}_prune_90_acc_0.9.h5")
+    experiment = step5.describe(step5.parse_arguments(["--data-dir", str(arrays)]))
+    slow = {"seconds_per_unit": 1.0, "memory": 1e12}  # of complexity, so that it is not run
+    (row,) = benchmark.quantized_relus(tmp_path, experiment, data, slow, 0)
+    assert (row["name"], row["pbs"]) == ("5 ReLU neurons, 6 bits", 5)
+    assert row["balanced_accuracy"] > 0.7
+    assert row["note"].startswith("not run")
