@@ -72,8 +72,8 @@ $P.onnx.stamp: h5_onnx_converter.py fhe_mlp/graphs.py $Pdynamic_pruning_results.
 	@touch $@
 
 # What is finished is in its database: with nothing missing it only writes the workbooks and pictures anew.
-$P.fhe.stamp: fhe_experiments.py $(addprefix fhe_mlp/,configuration.py circuit.py packed.py packing.py cluster.py store.py report.py steps.py) \
-		$P.onnx.stamp | .venv/.ready
+$P.fhe.stamp: fhe_experiments.py $(addprefix fhe_mlp/,configuration.py circuit.py packed.py packing.py plan.py cluster.py \
+		store.py report.py steps.py) $P.onnx.stamp | .venv/.ready
 	$(call step,fhe_experiments.py,$(if $(BESIDE),--beside $(BESIDE)))
 	@touch $@
 

@@ -27,8 +27,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +38,21 @@ from tqdm import tqdm
 
 from fhe_mlp import circuit, cli
 from fhe_mlp.arrays import (
-    CLASS_SHARES,
     Arrays,
     expected_leads,
     feature_table,
     load_arrays,
     load_scaler,
     rows_of,
+    stratified_order,
     training_probability,
     unseen_patients,
 )
-from fhe_mlp.cluster import Cluster, connect, scheduler_address
+from fhe_mlp.cluster import connect, scheduler_address
 from fhe_mlp.configuration import DEFAULT_PTQ, Configuration, Setting, identify, load_configuration, versions
 from fhe_mlp.deployment import check_new, export
 from fhe_mlp.networks import by_rank, public_map
+from fhe_mlp.plan import make_plan, measure_speed, print_plan, run_plan
 from fhe_mlp.quantized import BITS, SAME_COST, TOLERATED_LOSS
 from fhe_mlp.report import Report
 from fhe_mlp.steps import read_steps
@@ -70,8 +71,6 @@ MAX_SECONDS = 60.0  # seconds a sample above which a configuration is not run
 EXAMPLE_BEATS = 5  # of the training part, exported
 DATABASE = "fhe_results.sqlite"
 RESUME = f"finished results are in {DATABASE}; rerun the command to resume"  # printed after Ctrl-C
-WORKERS_DIED = "its workers died, several in a row"
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, about {remaining} left{postfix}"
 
 
 # -------------------------------------------------------------------------------------------------------- what is asked
@@ -121,21 +120,6 @@ def chosen_networks(args: argparse.Namespace) -> list[Path]:
     return paths
 
 
-def stratified_order(beats: pd.DataFrame, seed: int) -> np.ndarray:
-    """Row numbers in an order of which every stretch has each AAMI class and record in its share, until one runs out.
-
-    beats: columns record and aami. Shares are those of training draws, so that ten rows have two S beats where S is one
-    beat in thirty. Each row comes once: row r of a stratum (random order) has the place (r + 1/2) / share, and within a
-    class, records come in the same way, with the square root of their beats as share.
-    """
-    shuffled = beats[["record", "aami"]].iloc[np.random.default_rng(seed).permutation(len(beats))]
-    size = shuffled.groupby(["aami", "record"])["aami"].transform("size")
-    in_record = (shuffled.groupby(["aami", "record"]).cumcount() + 0.5) / np.sqrt(size)
-    shuffled = shuffled.iloc[np.argsort(in_record.to_numpy(), kind="stable")]
-    place = (shuffled.groupby("aami").cumcount() + 0.5) / shuffled["aami"].map(CLASS_SHARES)
-    return shuffled.index.to_numpy()[np.argsort(place.to_numpy(), kind="stable")]
-
-
 def drawn_rows(batch: int, batch_size: int, samples: int, order: np.ndarray) -> np.ndarray:
     """Rising indices of the test rows drawn from batch number `batch`, the first of its stretch of `order`."""
     return np.sort(order[batch * batch_size : (batch + 1) * batch_size][:samples])
@@ -163,6 +147,14 @@ class Experiment:
     patients: str  # whether the test patients are in the training part
     basis: dict[str, Any]  # what identifies results besides network, bits and setting
 
+    def configuration(self, path: Path, bits: int) -> Configuration:
+        """The network in `path` at `bits`."""
+        return load_configuration(path, bits, self.setting, self.data, self.calibration, self.basis)
+
+    def identity(self, path: Path, bits: int) -> str:
+        """Its name in the database, without loading it."""
+        return identify(path, bits, self.setting, self.basis)["identity"]
+
 
 def describe(args: argparse.Namespace) -> Experiment:
     """Arrays, setting and the seeded choice of rows."""
@@ -185,8 +177,7 @@ def describe(args: argparse.Namespace) -> Experiment:
         "samples": args.samples,
     }
     patients = ("unseen patients" if unseen_patients(beats) else "known patients") if named else "unknown patients"
-    test_beats = beats["test"] if named else None
-    return Experiment(data, setting, calibration, simulated, order, test_beats, patients, basis)
+    return Experiment(data, setting, calibration, simulated, order, beats["test"] if named else None, patients, basis)
 
 
 # ------------------------------------------------------------------------------------------- what it costs: default PTQ
@@ -238,128 +229,6 @@ def default_ptq(reference: Path, experiment: Experiment, max_loss: float) -> lis
     return list(rows.values())
 
 
-# ------------------------------------------------------------------------------------------------------------- the plan
-@dataclass(frozen=True, eq=False)
-class Task:
-    """A configuration that is to run: what its compilation gave, and on which rows."""
-
-    configuration: Configuration
-    facts: dict[str, Any]  # of circuit.cost and the two judges below
-    drawn: dict[int, np.ndarray]  # test rows by batch
-    seconds: float  # predicted, for all of it
-    worker: str | None = None  # that has compiled it
-
-    @property
-    def samples(self) -> int:
-        """Rows that will run encrypted."""
-        return sum(map(len, self.drawn.values())) if self.facts["status"] == "ok" else 0
-
-
-def judge_time(facts: dict[str, Any], seconds_per_unit: float, limit: float) -> None:
-    """Add the predicted seconds a sample to the facts of a compiled configuration, and refuse what exceeds `limit`."""
-    if facts["status"] == "ok":
-        seconds = facts["predicted_seconds"] = facts["complexity"] * seconds_per_unit
-        if seconds > limit:
-            reason = f"predicted {seconds:.0f} s a sample, over --max-seconds {limit:g}"
-            facts |= {"status": "too slow", "reason": reason}
-
-
-def compiled(configurations: Sequence[Configuration], cluster: Cluster | None) -> Iterator[tuple[int, str | None, Any]]:
-    """Compile each configuration, here or on the cluster; yield its number, who did it and the facts of its cost."""
-    with tqdm(total=len(configurations), desc="compiling", unit="circuit", disable=not configurations) as bar:
-        if cluster:
-            found = cluster.map(circuit.plan_circuit, [(c,) for c in configurations], bar.set_postfix_str)
-        else:
-            found = ((number, None, circuit.plan_circuit(c)) for number, c in enumerate(configurations))
-        for number, worker, facts in found:
-            bar.update()
-            yield number, worker, facts or {"status": "failed", "reason": WORKERS_DIED}
-
-
-def make_plan(
-    missing: dict[Configuration, dict[int, np.ndarray]],
-    speed: circuit.Speed,
-    limit: float,
-    simulated_rows: int,
-    cluster: Cluster | None,
-) -> list[Task]:
-    """Tasks for the configurations of `missing` with their test rows by batch; limit: affordable seconds a sample."""
-    configurations = list(missing)
-    tasks: dict[int, Task] = {}
-    for number, worker, facts in compiled(configurations, cluster):
-        judge_time(facts, speed.unit, limit)
-        if cluster is None or cluster.sharing:  # on this machine
-            circuit.judge_memory(facts)
-        task = Task(configurations[number], facts, missing[configurations[number]], 0.0, worker)
-        seconds = speed.simulated_pbs * facts.get("pbs", 0) * simulated_rows
-        if facts["status"] == "ok":
-            seconds += facts["evaluation_keys_MB"] * 1e6 * speed.key_byte
-            seconds += facts["predicted_seconds"] * (task.samples + 1)
-        tasks[number] = replace(task, seconds=seconds)
-    return [tasks[number] for number in sorted(tasks)]
-
-
-def print_plan(tasks: Sequence[Task], finished: int) -> None:
-    """Show what will run, what not and why, and about how long it takes."""
-    if finished:
-        print(f"\n{finished} configurations are finished and stay as they are")
-    columns = ["model", "bits", "pbs", "complexity", "predicted_seconds", "evaluation_keys_MB", "predicted_memory_MB"]
-    plan = pd.DataFrame({"model": t.configuration.model_name, "bits": t.configuration.bits, **t.facts} for t in tasks)
-    plan = plan.reindex(columns=[*columns, "status"]).assign(minutes=[t.seconds / 60 for t in tasks])
-    print(f"\n{plan.to_string(index=False, float_format='{:.4g}'.format)}")
-    samples, runnable = sum(t.samples for t in tasks), sum(t.facts["status"] == "ok" for t in tasks)
-    minutes = sum(t.seconds for t in tasks) / 60
-    print(f"\n{len(tasks)} configurations to do, {runnable} of them encrypted, on {samples} rows in all: ", end="")
-    print(f"about {minutes:.1f} min", flush=True)
-
-
-# ----------------------------------------------------------------------------------- cleartext, simulated and encrypted
-def failed_results(task: Task) -> Iterator[circuit.Result]:
-    """Rows of a configuration whose workers died."""
-    row = {"model_name": task.configuration.model_name, "q_bits": task.configuration.bits, **task.facts}
-    row |= {**task.configuration.identity, "status": "failed", "reason": WORKERS_DIED}
-    for batch, index in task.drawn.items():
-        yield batch, {**row, "batch": batch, "num_items": len(index)}, None
-
-
-def run_plan(
-    tasks: Sequence[Task], experiment: Experiment, limit: float, cluster: Cluster | None
-) -> Iterator[circuit.Result]:
-    """Run the tasks here or on the cluster and yield what is finished.
-
-    The bar counts predicted seconds, so that the time left follows from those measured so far.
-    """
-    ready = samples = 0
-    everything = sum(t.samples for t in tasks)
-    sent = {part: experiment.data[part] for part in ("val", "test")}
-    jobs = [(t.configuration, t.facts, t.drawn, sent, experiment.simulated, experiment.beats, limit) for t in tasks]
-    with tqdm(total=sum(t.seconds for t in tasks), desc="encrypted", bar_format=BAR, smoothing=0.1) as bar:
-
-        def show(seconds: float, text: str = "") -> None:
-            counts = f"{ready} of {len(tasks)} configurations, {samples} of {everything} samples"
-            bar.set_postfix_str(f"{counts}; {text}" if text else counts, refresh=False)
-            bar.update(min(seconds, bar.total - bar.n))
-
-        if cluster:
-            places = [task.worker for task in tasks]
-            for number, worker, results in cluster.map(circuit.all_batches, jobs, lambda text: show(0, text), places):
-                yield from failed_results(tasks[number]) if worker is None else results
-                ready, samples = ready + 1, samples + tasks[number].samples
-                show(tasks[number].seconds)
-            return
-        for task, job in zip(tasks, jobs):
-            rest = task.seconds
-
-            def tick(text: str, finished: int, each: float = task.facts.get("predicted_seconds", 0)) -> None:
-                nonlocal samples, rest
-                samples, rest = samples + finished, rest - finished * each
-                show(finished * each, text)
-
-            yield from circuit.run_batches(*job, tick)
-            ready += 1
-            show(max(0.0, rest))
-
-
 # ---------------------------------------------------------------------------------------------------------- the results
 def described_settings(args: argparse.Namespace, experiment: Experiment, reference: Path) -> dict[str, Any]:
     """The settings sheet: machine, versions, options, and what the columns mean."""
@@ -391,9 +260,7 @@ def report_for(args: argparse.Namespace, experiment: Experiment, paths: Sequence
     """What is written for the networks at hand: those of step 4 in --workdir, and the ones in `paths`."""
     reference = reference_network(args.workdir, paths)
     at_hand = dict.fromkeys([*by_rank(args.workdir, ".onnx"), *paths])
-    known = [
-        identify(path, bits, experiment.setting, experiment.basis)["identity"] for path in at_hand for bits in BITS
-    ]
+    known = [experiment.identity(path, bits) for path in at_hand for bits in BITS]
     basis = comparison_basis(reference, experiment, args.max_loss)
     settings = described_settings(args, experiment, reference)
     return Report(args.workdir, store, known, basis, settings, experiment.patients, args.beside)
@@ -421,9 +288,7 @@ def export_best(args: argparse.Namespace, experiment: Experiment, paths: Sequenc
     found = []
     jobs = [(path, bits) for path in paths for bits in args.bits]
     for path, bits in tqdm(jobs, desc="choosing", unit="circuit", disable=len(jobs) == 1):
-        configuration = load_configuration(
-            path, bits, experiment.setting, experiment.data, experiment.calibration, experiment.basis
-        )
+        configuration = experiment.configuration(path, bits)
         facts, module = circuit.cost(configuration)
         if module is None:
             print(f"{configuration.label}: {facts['reason']}")
@@ -468,8 +333,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.export:
         export_best(args, experiment, paths)
         return
-    setting, basis = experiment.setting, experiment.basis
-    keys = {(path, bits): identify(path, bits, setting, basis)["identity"] for path in paths for bits in args.bits}
+    keys = {(path, bits): experiment.identity(path, bits) for path in paths for bits in args.bits}
     write = not (args.dry_run or args.report)
     if write:
         cli.check_writable(args.workdir)
@@ -480,8 +344,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for (path, bits), key in keys.items():
             rows = {batch: index for batch, index in drawn.items() if (key, batch) not in finished}
             if rows and not args.report:
-                new = load_configuration(path, bits, setting, experiment.data, experiment.calibration, basis)
-                missing[new] = rows
+                missing[experiment.configuration(path, bits)] = rows
         if not missing:
             if not args.report:
                 print(f"all {len(keys)} configurations are finished and stay as they are")
@@ -490,10 +353,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         with connect(args.scheduler) if args.scheduler else contextlib.nullcontext() as cluster:
             print("measuring the machine ...", flush=True)
-            if cluster:
-                ((_, _, speed),) = cluster.map(circuit.measure_speed, [(setting, args.seed)], lambda text: None)
-            else:
-                speed = circuit.measure_speed(setting, args.seed)
+            speed = measure_speed(experiment.setting, args.seed, cluster)
             tasks = make_plan(missing, speed, args.max_seconds, len(experiment.simulated), cluster)
             print_plan(tasks, len(keys) - len(tasks))
             if args.dry_run:
@@ -502,8 +362,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print("default PTQ, for comparison ...", flush=True)
                 for row in default_ptq(reference_network(args.workdir, paths), experiment, args.max_loss):
                     store.compare(report.basis, row)
+            sent = {part: experiment.data[part] for part in ("val", "test")}
             left = {batch: sum(batch in rows for rows in missing.values()) for batch in drawn}
-            for batch, row, predictions in run_plan(tasks, experiment, args.max_seconds, cluster):
+            results = run_plan(tasks, sent, experiment.simulated, experiment.beats, args.max_seconds, cluster)
+            for batch, row, predictions in results:
                 store.add(batch, row, predictions)
                 left[batch] -= 1
                 if not left[batch]:

@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import sys
 import time
 import warnings
@@ -29,7 +28,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fhe_mlp import ecg_features
+from fhe_mlp import ecg_features, published_features
 from fhe_mlp.arrays import BEATS, DESCRIPTION, SPLITS, apply_scaler, array_name, draw_probability, fit_scaler
 from fhe_mlp.cli import (
     ROOT,
@@ -41,14 +40,16 @@ from fhe_mlp.cli import (
     positive_float,
     positive_int,
     run,
-    sha256,
     whole_file,
 )
-from fhe_mlp.ecg_features import EXPECTED_LEADS, are_expected, rr_known, single_beats
+from fhe_mlp.ecg_features import rr_known, single_beats
+from fhe_mlp.physionet import provide_records
 from fhe_mlp.records import (
     AAMI_CLASSES,
     CLASS_OF_SYMBOL,
+    EXPECTED_LEADS,
     Unsuited,
+    are_expected,
     find_beats,
     find_breaks,
     read_annotations,
@@ -57,10 +58,8 @@ from fhe_mlp.records import (
 
 FEATURE_SETS = {  # by name: what computes the columns, and their table
     "relative": (ecg_features.beat_features, ecg_features.FEATURES),
-    "published": (ecg_features.published_features, ecg_features.PUBLISHED),
+    "published": (published_features.published_features, published_features.PUBLISHED),
 }
-DATABASE = "mitdb/1.0.0"  # PhysioNet name and version, for the download
-DOWNLOAD_ATTEMPTS = 3  # tries a file before giving up; finished files are kept
 BEATS_PER_CLASS = 12_074  # the methodology's 24,148 beats are 2 x 12,074
 TEST_SHARE, VAL_SHARE = 0.30, 0.20  # of all beats; of the beats that are left (as published)
 # N beats for each S beat in the copies of a record in which S is the majority or nearly so. DS1 has no such patient;
@@ -72,9 +71,6 @@ PACED = "/"  # EC57 leaves records with paced beats out of algorithm scoring
 # Inter-patient split of de Chazal, O'Dwyer & Reilly, IEEE Trans. Biomed. Eng. 51(7):1196-1206, 2004.
 DS1 = "101 106 108 109 112 114 115 116 118 119 122 124 201 203 205 207 208 209 215 220 223 230".split()
 DS2 = "100 103 105 111 113 117 121 123 200 202 210 212 213 214 219 221 222 228 231 232 233 234".split()
-
-MITDB = {*DS1, *DS2, "102", "104", "107", "217"}  # the records that DATABASE holds; the last four are paced
-
 LICENCE = "Open Data Commons Attribution License v1.0"
 SOURCE = "MIT-BIH Arrhythmia Database 1.0.0, PhysioNet, doi:10.13026/C2F305"
 
@@ -214,76 +210,6 @@ def split_inter_patient(beats: pd.DataFrame, abnormal: Sequence[str], seed: int)
     return {"train": ds1[train], "val": ds1[val], "test": test}
 
 
-# -------------------------------------------------------------------------------------------------- getting the records
-def download(name: str, folder: Path, expected: str | None) -> None:
-    """Fetch one file of DATABASE into `folder` through wfdb; it appears there only whole and with the right SHA-256.
-
-    Finished files are kept, and a part that a killed run left is continued, so that the next run goes on from there.
-    Raises InputError when DOWNLOAD_ATTEMPTS were in vain.
-    """
-    from wfdb.io.download import dl_pn_file
-
-    part = folder / ".part" / name
-    part.parent.mkdir(parents=True, exist_ok=True)
-    for attempt in range(DOWNLOAD_ATTEMPTS):
-        try:
-            with contextlib.redirect_stdout(None):  # wfdb reports each continued file; the progress bar is enough
-                dl_pn_file((name, "", DATABASE, str(part.parent), False, False))
-            if expected is None or sha256(part) == expected:
-                part.replace(folder / name)
-                return
-            reason = "its SHA-256 is not the published one"
-            part.unlink()
-        except OSError as error:  # what wfdb raises on any trouble with the network
-            reason = str(error)
-            time.sleep(attempt)
-    raise InputError(f"{DATABASE}/{name}: download failed ({reason}); run the same command again, it goes on from here")
-
-
-def read_sums(path: Path) -> dict[str, str]:
-    """SHA-256 of each .hea, .dat and .atr that a list of checksums names in its own folder, by file name."""
-    lines = [line for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines() if line.strip()]
-    found = [re.fullmatch(r"([0-9a-fA-F]{64})\s+\*?(?:\./)?(\S.*?)\s*", line) for line in lines]  # * of sha256sum -b
-    if not found or not all(found):
-        raise InputError(f"{path}: is truncated or not a valid list of checksums; delete it and run again")
-    return {m[2]: m[1].lower() for m in found if m[2].endswith((".hea", ".dat", ".atr")) and "/" not in m[2]}
-
-
-def provide_records(folder: Path, may_download: bool) -> list[str]:
-    """Sorted paths, without suffix, of the records in `folder`, downloaded where missing and checked where published.
-
-    Only records of DATABASE are downloaded; files missing from another database are reported, and a folder without
-    SHA256SUMS.txt is taken as it is. Files whose names start with a dot (macOS companions) are no records.
-    """
-    from tqdm import tqdm
-
-    sums = folder / "SHA256SUMS.txt"
-    if not sums.exists() and not list(folder.glob("[!.]*.hea")):
-        if folder.exists() and any(p.name != ".part" for p in folder.iterdir()):
-            raise InputError(f"{folder}: holds no WFDB header (.hea); name a folder of records with --records-dir")
-        if not may_download:
-            raise InputError(f"{folder}: no records here; run without --no-download or name them with --records-dir")
-        download(sums.name, folder, None)
-    if sums.exists():
-        listed = read_sums(sums)
-        missing = [name for name in listed if not (folder / name).exists()]
-        ours = {Path(name).stem for name in listed} <= MITDB
-        if ours and missing and not may_download:
-            raise InputError(
-                f"{folder}: {len(missing)} files are missing, {missing[0]} first; run without --no-download"
-            )
-        for name in tqdm(
-            missing if ours else [], desc=f"downloading {DATABASE}", unit="file", disable=not (ours and missing)
-        ):
-            download(name, folder, listed[name])
-        for name, expected in listed.items():
-            if (folder / name).exists() and sha256(folder / name) != expected:
-                raise InputError(f"{folder / name}: SHA-256 is not the published one; delete the file and run again")
-        if missing and not ours:
-            print(f"{folder}: {len(missing)} listed files are missing, {missing[0]} first", file=sys.stderr)
-    return sorted(str(p.with_suffix("")) for p in folder.glob("[!.]*.hea"))
-
-
 def read_all(paths: list[str], workers: int, **options: Any) -> list[dict[str, Any]]:
     """The records at `paths`, in that order, read by `workers` processes; options: of read_record."""
     read = functools.partial(read_record, **options)
@@ -293,13 +219,12 @@ def read_all(paths: list[str], workers: int, **options: Any) -> list[dict[str, A
         return list(tqdm(pool.map(read, paths), total=len(paths), desc="reading", unit="record"))
 
 
-# -------------------------------------------------------------------------------------------- shared by all the scripts
+# ---------------------------------------------------------------------------------------------------------- the command
 def per_class(text: str) -> int | None:
     """argparse type: a positive number of beats, or None for 'all'."""
     return None if text == "all" else positive_int(text)
 
 
-# ---------------------------------------------------------------------------------------------------------- the command
 def write_dataset(
     data_dir: Path, beats: pd.DataFrame, X: np.ndarray, rows: dict[str, np.ndarray], recipe: dict[str, Any]
 ) -> pd.DataFrame:

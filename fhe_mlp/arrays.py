@@ -214,6 +214,21 @@ def training_probability(beats: dict[str, pd.DataFrame]) -> np.ndarray:
     return draw_probability(rows) if unseen_patients(beats) else np.full(len(rows), 1 / len(rows))
 
 
+def stratified_order(beats: pd.DataFrame, seed: int) -> np.ndarray:
+    """Row numbers in an order of which every stretch has each AAMI class and record in its share, until one runs out.
+
+    beats: columns record and aami. Shares are those of training draws, so that ten rows have two S beats where S is one
+    beat in thirty. Each row comes once: row r of a stratum (random order) has the place (r + 1/2) / share, and within a
+    class, records come in the same way, with the square root of their beats as share.
+    """
+    shuffled = beats[["record", "aami"]].iloc[np.random.default_rng(seed).permutation(len(beats))]
+    size = shuffled.groupby(["aami", "record"])["aami"].transform("size")
+    in_record = (shuffled.groupby(["aami", "record"]).cumcount() + 0.5) / np.sqrt(size)
+    shuffled = shuffled.iloc[np.argsort(in_record.to_numpy(), kind="stable")]
+    place = (shuffled.groupby("aami").cumcount() + 0.5) / shuffled["aami"].map(CLASS_SHARES)
+    return shuffled.index.to_numpy()[np.argsort(place.to_numpy(), kind="stable")]
+
+
 def load_description(data_dir: Path) -> dict[str, Any]:
     """dataset.json as preprocess_mitbih.py writes it. Raises InputError when it is damaged."""
     path = data_dir / DESCRIPTION

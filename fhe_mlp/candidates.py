@@ -22,7 +22,7 @@ from fhe_mlp.tables import LinearEnsemble, TableEnsemble
 PENALTIES = (0.001, 0.01, 0.1, 1.0)  # C of logistic regression, tried on validation rows from strong to weak
 PENALTY_UNSEEN = 3e-4  # best on folds over the patients of DS1; five validation records cannot tell
 ITERATIONS = 400  # of logistic regression at most
-REMOVAL_ROWS = 3000  # training rows that show which tables vary least
+REMOVAL_ROWS = 3000  # training rows that show which neurons the others can replace
 ENCRYPTED_VALIDATION = "val_balanced_accuracy_encrypted"  # by which networks are chosen
 Quantized = dict[int, pd.DataFrame]  # by rate, the rows of `candidates`
 
@@ -117,8 +117,8 @@ def quantize_relu(
 def quantize_tables(networks: dict[int, Layers], start: Layers, form: dict[str, Any], lesson: Lesson) -> Quantized:
     """Networks of as many tables as those by rate have neurons, at most those of `start`, which has one hidden layer.
 
-    Each starts from the one before, from which the neurons whose outputs vary least are removed; what has no neurons,
-    from the float network.
+    Each starts from the one before, from which the neurons are removed that the others replace best; what has no
+    neurons, from the float network.
     """
     ensemble, found = TableEnsemble(start, **form), {}
     widths = {rate: sum(len(bias) for _, bias in layers[:-1]) for rate, layers in sorted(networks.items())}

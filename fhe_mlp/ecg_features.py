@@ -1,9 +1,7 @@
 """One record's two leads and beats to 32 features a beat; numpy and scipy only.
 
-Nothing here depends on labels or on a file format: features come from the signal and the positions of the beats.
-
-beat_features       the columns of FEATURES: relative to the same recording, so that they carry over between patients
-published_features  the columns of PUBLISHED, as the published arrays have them: raw values in mV and seconds
+Nothing here depends on labels or on a file format: features come from the signal and the positions of the beats. They
+are relative to the same recording, so that they carry over between patients; published_features.py has raw values.
 
 Beats are compared with the record's own normal ones, found without labels. "Normal" must not mean "most beats": in a
 patient with mostly premature beats the record's medians are those of the arrhythmia. So rhythm is also measured against
@@ -18,8 +16,7 @@ Pauses over PAUSE_S, as in sinus arrest, are kept as PAUSE_S, but enter no stati
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,10 +30,6 @@ LAPSE_S = 10.0  # longer ones are lapses of the annotation; the longest pause of
 SAME_BEAT_S = 0.15  # marks closer than EC57's match window are of one beat; no heart beats faster
 MIN_GAP_S, MIN_FLAT_S = 0.1, 1.0  # missing samples could hide a QRS complex; a constant value means no electrode
 DOUBTFUL_RR = 1.5  # an interval over a gap is doubted from this multiple of the record's median on
-
-# From the lead most like MLII (upright QRS) to the one most like V1; leads of other names stand between them.
-LEADS = "II V5 V6 V4 I AVF III AVL ? V3 AVR V2 V1".split()
-EXPECTED_LEADS = {"ch0": ["MLII"], "ch1": ["V1", "V2", "V4", "V5"]}  # of MIT-BIH, but for its records 102 and 104
 
 RHYTHM_BEATS = 30  # beats to each side whose median is the local rhythm
 LIKE_CORR, LIKE_SHARE = 0.9, (0.3, 0.5)  # beats of the dominant shape: over 0.9, yet between 50 and 70 % of the record
@@ -119,51 +112,9 @@ FEATURES = [
     {"name": name, "unit": unit, "formula": formula, "source": source}
     for name, unit, formula, source in (*_RHYTHM, *_SHAPE, *_P_WAVE)
 ]
-# The published arrays: the same 16 columns for channel 0, then channel 1.
-_PUBLISHED = [
-    ("pre_RR", "s", "R[i] - R[i-1], of the annotations"),
-    ("post_RR", "s", "R[i+1] - R[i], of the annotations"),
-    ("P_peak", "mV", "max of the band-passed lead in P_WINDOW"),
-    ("T_peak", "mV", "max in T_WINDOW"),
-    ("R_peak", "mV", "max in R_WINDOW"),
-    ("S_peak", "mV", "min in S_WINDOW after the R peak"),
-    ("Q_peak", "mV", "min in Q_WINDOW before the R peak"),
-    ("QRS_interval", "s", "time from Q peak to S peak"),
-    ("PQ_interval", "s", "time from P peak to Q peak"),
-    ("QT_interval", "s", "time from Q peak to T peak"),
-    ("ST_interval", "s", "time from S peak to T peak"),
-    *((f"QRS_morph_{k}", "mV", f"sample {k} of five spread evenly from Q peak to S peak") for k in range(5)),
-]
-PUBLISHED = [
-    {"name": f"ch{channel}_{name}", "unit": unit, "formula": formula, "source": "published arrays"}
-    for channel in (0, 1)
-    for name, unit, formula in _PUBLISHED
-]
-# Search windows of the published set in seconds; P, R and T around the annotated beat, Q and S around the R peak.
-R_WINDOW, Q_WINDOW, S_WINDOW = (-0.05, 0.05), (-0.10, 0.0), (0.0, 0.12)
-P_WINDOW, T_WINDOW = (-0.28, -0.08), (0.14, 0.45)
 
 
-# ------------------------------------------------------------------------------------------- leads and RR intervals
-def lead_name(text: str | None) -> str:
-    """A lead's name as in LEADS, whatever way it is written: II for "MLII", "ml 2", "ECG lead II"; else in capitals."""
-    name = re.sub(r"^(ECG|EKG)(?=\D)", "", re.sub(r"[^A-Z0-9]", "", (text or "").upper()))  # but "ECG 2" is a channel
-    found = re.fullmatch(r"(?:LEAD|ML|D)?(I{1,3})|(?:LEAD|ML|D)([123])|(?:LEAD)?(V[1-6]|AV[RLF])", name)
-    return (found[1] or found[3] or "I" * int(found[2])) if found else name
-
-
-def choose_leads(names: Sequence[str | None]) -> tuple[int, int]:
-    """Positions of the leads for ch0 and ch1 among two or more: the one most like MLII and the one most like V1."""
-    ranks = {name: k for k, name in enumerate(LEADS)}
-    keys = sorted((ranks.get(lead_name(n), ranks["?"]), lead_name(n), n or "", k) for k, n in enumerate(names))
-    return keys[0][-1], keys[-1][-1]
-
-
-def are_expected(names: Sequence[str | None], expected: Mapping[str, Sequence[str]] = EXPECTED_LEADS) -> bool:
-    """Whether the names of ch0 and ch1 are among the expected ones."""
-    return all(lead_name(n) in map(lead_name, known) for n, known in zip(names, expected.values()))
-
-
+# ----------------------------------------------------------------------------------------------------- RR intervals
 def single_beats(beats: np.ndarray, fs: float) -> np.ndarray:
     """Indices of the beats in the order of time; of marks within SAME_BEAT_S, as of two leads, only the first."""
     order = np.argsort(beats, kind="stable")
@@ -343,11 +294,11 @@ def beat_features(
 ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
     """The features of FEATURES of a record's usable beats.
 
-    signal: two leads in choose_leads' order, (samples, 2), in any unit of voltage (amplitudes are relative), NaN where
-    missing; fs in Hz; beats: samples of the R peaks (n,), whole numbers in any order; breaks: (start, end) samples of
-    episodes without beats, start < end, which may be infinite; only: indices in `beats` of those that have features,
-    as if the record had no others (in medians, templates and comparisons with the beat before); RR intervals stay
-    those of all beats. None: all.
+    signal: two leads in the order of records.choose_leads, (samples, 2), in any unit of voltage (amplitudes are
+    relative), NaN where missing; fs in Hz; beats: samples of the R peaks (n,), whole numbers in any order; breaks:
+    (start, end) samples of episodes without beats, start < end, which may be infinite; only: indices in `beats` of
+    those that have features, as if the record had no others (in medians, templates and comparisons with the beat
+    before); RR intervals stay those of all beats. None: all.
     Returns features (m, 32) float32 in the order of time, the indices (m,) in `beats` of the usable ones, and the
     dropped ones counted by reason. Raises ValueError when the record cannot be used at all.
     """
@@ -411,37 +362,6 @@ def beat_features(
     f["PR_corr"] = pr_corr - np.median(pr_corr[late])
     f["PR_residual"] = residual - np.median(residual[late])
     X = np.column_stack([f[feature["name"]] for feature in FEATURES]).astype(np.float32)
-    if not np.isfinite(X).all():
-        raise ValueError("has amplitudes that are no voltages")
-    return X, order[index], dropped
-
-
-# ------------------------------------------------------------------------------------------------ the published columns
-def published_features(
-    signal: np.ndarray, fs: float, beats: np.ndarray, breaks: Any = ()
-) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """The features of PUBLISHED, raw values of a signal in mV; arguments, result and errors as beat_features.
-
-    The RR intervals are those of the annotations, whatever lies in them, as in the published arrays.
-    """
-    order = single_beats(beats, fs)
-    repeated, beats = len(beats) - len(order), np.asarray(beats, dtype=np.int64)[order]
-    filled, missing = fill_missing(signal)
-    before = -round(min(P_WINDOW[0], R_WINDOW[0] + Q_WINDOW[0]) * fs)
-    index, dropped = usable_beats(filled, missing, beats, breaks, before, round(T_WINDOW[1] * fs))
-    dropped["annotated twice"] = repeated
-    at, rr = beats[index], np.diff(beats) / fs
-    columns = []
-    for x in band_pass(filled, BAND_HZ, fs).T:
-        r = find_extremum(x, at, R_WINDOW, fs, np.argmax)
-        q = find_extremum(x, r, Q_WINDOW, fs, np.argmin)
-        s = find_extremum(x, r, S_WINDOW, fs, np.argmin)
-        p = find_extremum(x, at, P_WINDOW, fs, np.argmax)
-        t = find_extremum(x, at, T_WINDOW, fs, np.argmax)
-        spread = np.rint(q[:, None] + (s - q)[:, None] * np.linspace(0, 1, 5)).astype(int)
-        columns += [rr[index - 1], rr[index], *x[[p, t, r, s, q]], *np.stack([s - q, q - p, t - q, t - s]) / fs]
-        columns += [*x[spread].T]
-    X = np.column_stack(columns).astype(np.float32)
     if not np.isfinite(X).all():
         raise ValueError("has amplitudes that are no voltages")
     return X, order[index], dropped

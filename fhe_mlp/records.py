@@ -7,7 +7,7 @@ and ecg_features.py beside client.py, so that a recording is read there as it wa
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,19 @@ import numpy as np
 import pandas as pd
 
 if __package__:
-    from fhe_mlp.ecg_features import MIN_FS_HZ, choose_leads, lead_name
+    from fhe_mlp.ecg_features import MIN_FS_HZ
 else:  # in the folder of an exported client
-    from ecg_features import MIN_FS_HZ, choose_leads, lead_name
+    from ecg_features import MIN_FS_HZ
 
 # WFDB's beat annotations (archive.physionet.org/physiobank/annotations.shtml) in the classes that WFDB's own evaluation
 # by ANSI/AAMI EC57 gives them (bxb.c): escape beats e, j, n are N, r is V, ? (learning) is Q. wfdb's table is_qrs also
 # counts flutter waves (!), which are no beats in either.
 AAMI_CLASSES = {"N": "NLRBejn", "S": "AaJS", "V": "VEr", "F": "F", "Q": "/fQ?"}
 CLASS_OF_SYMBOL = {symbol: name for name, symbols in AAMI_CLASSES.items() for symbol in symbols}
+
+# From the lead most like MLII (upright QRS) to the one most like V1; leads of other names stand between them.
+LEADS = "II V5 V6 V4 I AVF III AVL ? V3 AVR V2 V1".split()
+EXPECTED_LEADS = {"ch0": ["MLII"], "ch1": ["V1", "V2", "V4", "V5"]}  # of MIT-BIH, but for its records 102 and 104
 
 MILLIVOLTS = {"nv": 1e-6, "uv": 1e-3, "µv": 1e-3, "mv": 1.0, "v": 1e3}  # of the units of voltage that a lead may have
 OUTSIDE_BEATS, OUTSIDE_SHARE = 3, 0.01  # most beats that may lie outside the signal, whichever is more
@@ -37,6 +41,25 @@ DEFINITIONS = re.compile(rb"\x1e\xfc## annotation type definitions.*?\x15\xfc## 
 
 class Unsuited(Exception):
     """The record can be read but not used; the message follows "it"."""
+
+
+def lead_name(text: str | None) -> str:
+    """A lead's name as in LEADS, whatever way it is written: II for "MLII", "ml 2", "ECG lead II"; else in capitals."""
+    name = re.sub(r"^(ECG|EKG)(?=\D)", "", re.sub(r"[^A-Z0-9]", "", (text or "").upper()))  # but "ECG 2" is a channel
+    found = re.fullmatch(r"(?:LEAD|ML|D)?(I{1,3})|(?:LEAD|ML|D)([123])|(?:LEAD)?(V[1-6]|AV[RLF])", name)
+    return (found[1] or found[3] or "I" * int(found[2])) if found else name
+
+
+def choose_leads(names: Sequence[str | None]) -> tuple[int, int]:
+    """Positions of the leads for ch0 and ch1 among two or more: the one most like MLII and the one most like V1."""
+    ranks = {name: k for k, name in enumerate(LEADS)}
+    keys = sorted((ranks.get(lead_name(n), ranks["?"]), lead_name(n), n or "", k) for k, n in enumerate(names))
+    return keys[0][-1], keys[-1][-1]
+
+
+def are_expected(names: Sequence[str | None], expected: Mapping[str, Sequence[str]] = EXPECTED_LEADS) -> bool:
+    """Whether the names of ch0 and ch1 are among the expected ones."""
+    return all(lead_name(n) in map(lead_name, known) for n, known in zip(names, expected.values()))
 
 
 def check_claims(folder: Path, header: Any, segments: list[Any]) -> None:

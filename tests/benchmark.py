@@ -152,7 +152,7 @@ def pipeline(
     """The front of the last run of step 5, compiled and run anew."""
     for _, chosen in summary[summary["on_front"]].drop_duplicates(["model_name", "q_bits"]).iterrows():
         path, bits = workdir / f"{chosen['model_name']}.onnx", int(chosen["q_bits"])
-        one = load_configuration(path, bits, experiment.setting, data, experiment.calibration, experiment.basis)
+        one = experiment.configuration(path, bits)
         name = f"{path.stem.split('_acc')[0].removeprefix('pruned_model_')}, {bits} bits"
         yield measured(one, {"name": name, "kind": report.OURS}, data, speed)
 

@@ -18,7 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fhe_mlp.ecg_features import EXPECTED_LEADS, FEATURES  # noqa: E402
+from fhe_mlp.ecg_features import FEATURES  # noqa: E402
+from fhe_mlp.records import EXPECTED_LEADS  # noqa: E402
 
 STATUS = pytest.StashKey[int]()
 BEAT_COUNT = 60

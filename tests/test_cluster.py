@@ -16,7 +16,7 @@ from conftest import ROOT, command, options, refusal, small_network
 from test_experiments import steady
 
 import fhe_experiments as step5
-from fhe_mlp import circuit, cluster, configuration
+from fhe_mlp import circuit, cluster, configuration, plan
 from fhe_mlp.cli import InputError
 
 
@@ -191,8 +191,8 @@ def test_a_job_that_takes_its_workers_with_it_becomes_failed_rows(monkeypatch):
     found = list(cluster.Cluster(client, "tcp://there").map(print, [()], lambda text: None))
     assert found == [(0, None, None)]
     one = configuration.Configuration("m", 2, b"", 4, 0.1, False, None, None, {"identity": "a"})
-    task = step5.Task(one, {"status": "ok", "complexity": 1e9}, {3: [0] * 5, 4: [0] * 2}, 1.0)
-    rows = [row for _, row, _ in step5.failed_results(task)]
+    task = plan.Task(one, {"status": "ok", "complexity": 1e9}, {3: [0] * 5, 4: [0] * 2}, 1.0)
+    rows = [row for _, row, _ in plan.failed_results(task)]
     assert [(r["batch"], r["num_items"], r["status"], r["complexity"]) for r in rows] == [
         (3, 5, "failed", 1e9),
         (4, 2, "failed", 1e9),

@@ -12,13 +12,14 @@ import wfdb
 from conftest import make_record, refusal
 
 import preprocess_mitbih as pre
+from fhe_mlp import physionet
 from fhe_mlp.arrays import load_description
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A server of two small records under the database's path; `faults` names files whose next transfers break."""
-    folder = tmp_path / "www" / pre.DATABASE
+    folder = tmp_path / "www" / physionet.DATABASE
     for seed, name in enumerate(("100", "101")):
         make_record(folder, name, seed=seed)
     files = sorted(p for p in folder.iterdir())
@@ -64,7 +65,7 @@ def server(tmp_path, monkeypatch):
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
         wfdb.io.download.set_db_index_url(f"http://127.0.0.1:{http.server_port}/")
-        monkeypatch.setattr(pre.time, "sleep", lambda _: None)
+        monkeypatch.setattr(physionet.time, "sleep", lambda _: None)
         Handler.folder = folder
         yield Handler
         Handler.faults.clear()
@@ -88,7 +89,7 @@ def test_download_then_preprocess(server, tmp_path):
 
 
 def test_a_broken_transfer_is_tried_again(server, tmp_path):
-    server.faults["100.dat"] = pre.DOWNLOAD_ATTEMPTS - 1
+    server.faults["100.dat"] = physionet.DOWNLOAD_ATTEMPTS - 1
     pre.main(argv(tmp_path))
     assert (tmp_path / "mitdb" / "100.dat").read_bytes() == (server.folder / "100.dat").read_bytes()
 
@@ -147,11 +148,11 @@ def test_no_server_is_one_line(server, tmp_path, capsys):
 def test_lists_of_checksums_are_read_in_every_style(server, tmp_path, style):
     pre.main(argv(tmp_path))
     sums = tmp_path / "mitdb" / "SHA256SUMS.txt"
-    want = pre.read_sums(sums)
+    want = physionet.read_sums(sums)
     assert len(want) == 6
     text = "".join(style.lstrip("\ufeff").format(*reversed(item)) for item in want.items())
     sums.write_bytes((style[0] * style.startswith("\ufeff") + text).encode())
-    assert pre.read_sums(sums) == want
+    assert physionet.read_sums(sums) == want
 
 
 def test_files_missing_from_another_database_are_reported_not_downloaded(server, tmp_path, capsys):

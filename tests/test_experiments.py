@@ -15,7 +15,7 @@ from conftest import ROOT, command, options, refusal, small_network, three_input
 
 import fhe_experiments as step5
 from fhe_mlp import circuit, configuration, ec57, report
-from fhe_mlp.arrays import load_arrays
+from fhe_mlp.arrays import load_arrays, stratified_order
 from fhe_mlp.store import Store
 
 EXACT = str(2.0**-40)  # p_error of default PTQ: what differs then comes from approximate rounding
@@ -117,9 +117,9 @@ def test_rows_are_drawn_by_class_and_record_whatever_else_is_run():
     """Of 1,000 beats of ten records, 30 are S, 60 V, 6 F; the ten rows of the first batch have all classes."""
     aami = np.array(["S"] * 30 + ["V"] * 60 + ["F"] * 6 + ["N"] * 904)
     beats = pd.DataFrame({"record": [str(k % 10) for k in range(1000)], "aami": aami})
-    order = step5.stratified_order(beats, 42)
+    order = stratified_order(beats, 42)
     assert sorted(order) == list(range(1000))
-    assert (order != step5.stratified_order(beats, 43)).any()
+    assert (order != stratified_order(beats, 43)).any()
     first = step5.drawn_rows(0, 50, 10, order)
     assert beats["aami"][first].value_counts().to_dict() == {"N": 5, "S": 2, "V": 2, "F": 1}
     normal = [k for k in order[:100] if aami[k] == "N"]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import preprocess_mitbih as pre
 from fhe_mlp import arrays as arr
-from fhe_mlp import cli, ecg_features, records
+from fhe_mlp import cli, published_features, records
 from preprocess_mitbih import main
 
 MITDB = Path(os.environ.get("MITDB_DIR", ROOT / "data" / "mitdb"))
@@ -303,7 +303,7 @@ def test_flutter_unreadable_signal_and_lapses_are_breaks(tmp_path):
 
 def test_published_columns_are_an_option_and_in_millivolts(records, tmp_path):
     description, _ = build(records, tmp_path / "d", "--features", "published")
-    assert [f["name"] for f in description["features"]] == [f["name"] for f in ecg_features.PUBLISHED]
+    assert [f["name"] for f in description["features"]] == [f["name"] for f in published_features.PUBLISHED]
     X = arr.load_arrays(tmp_path / "d")["train"][0]
     np.testing.assert_array_equal(X[:, 0], X[:, 16])
     make_record(tmp_path, "r")

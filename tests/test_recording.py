@@ -11,7 +11,8 @@ import wfdb
 from conftest import BEAT_COUNT, ROOT, make_record
 
 import preprocess_mitbih as pre
-from fhe_mlp.ecg_features import EXPECTED_LEADS, FEATURES
+from fhe_mlp.ecg_features import FEATURES
+from fhe_mlp.records import EXPECTED_LEADS
 
 sys.path.insert(0, str(ROOT / "fhe_mlp" / "deployment"))
 sys.path.append(str(ROOT / "fhe_mlp"))  # of which an export has records.py and ecg_features.py

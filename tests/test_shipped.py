@@ -112,10 +112,11 @@ def test_make_reruns_the_edited_stage_and_what_follows_and_nothing_else(tmp_path
     assert shown == ["preprocess_mitbih.py", *STEPS, "fhe_experiments.py", "tests/compare.py"]
     shown = would_run(target="demo", demo="patients-packed")
     assert shown[-7:] == [*STEPS, "fhe_experiments.py", "tests/compare.py"]
-    for looks in ("report", "steps", "store", "cluster", "circuit", "configuration", "packed", "packing"):
+    for looks in ("report", "steps", "store", "cluster", "circuit", "configuration", "packed", "packing", "plan"):
         assert would_run(f"fhe_mlp/{looks}.py") == STEPS[4:]  # which computes only what its database does not have
-    for nothing in ("preprocess_mitbih.py", "fhe_mlp/cli.py", "fhe_mlp/ecg_features.py", "fhe_mlp/records.py"):
-        assert would_run(nothing) == []
+    for nothing in ("cli", "physionet", "ecg_features", "published_features", "records"):
+        assert would_run(f"fhe_mlp/{nothing}.py") == []
+    assert would_run("preprocess_mitbih.py") == []
 
 
 def test_the_library_imports_no_script_and_no_step_imports_another():

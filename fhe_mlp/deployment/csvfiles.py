@@ -111,7 +111,7 @@ def read_leads(path: Path) -> tuple[np.ndarray, list[str]]:
     Columns are named after leads, with a unit of voltage in parentheses or in mV. Raises Refusal.
     """
     import records
-    from ecg_features import LEADS, choose_leads, lead_name
+    from records import LEADS, choose_leads, lead_name
 
     def name_and_unit(column: str) -> tuple[str, str]:
         if found := UNIT.fullmatch(column):

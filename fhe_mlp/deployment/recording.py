@@ -100,7 +100,7 @@ def read_beats(
         raise
     except Exception as error:  # of damaged annotation files
         raise Refusal(f"{path}: its .{annotator} cannot be read ({first_line(error)})") from None
-    if model.get("leads") and not ecg_features.are_expected(leads, model["leads"]):
+    if model.get("leads") and not records.are_expected(leads, model["leads"]):
         wanted = " and ".join(" or ".join(names) for names in model["leads"].values())
         got = " and ".join(name or "an unnamed one" for name in leads)
         print(f"warning: {path} has the leads {got}; the model was trained on {wanted}", file=sys.stderr)
