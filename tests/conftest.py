@@ -29,7 +29,7 @@ SMALL = {  # settings of step 5 in tests: wide circuits of default PTQ take half
     "ROUNDING_BITS": 4,
     "P_ERROR": 2.0**-40,  # the keys of 2^-13 are larger, and take longer
 }
-SMALL_LAYER = {"MEASURED_NEURONS": 2, "MEASURED_ROUNDING_BITS": 3}  # the same, of the layer that measures the machine
+SMALL_LAYER = {"MEASURED_NEURONS": 2, "MEASURED_ROUNDING_BITS": 4}  # the same, of the layer that measures the machine
 RATES = ("--rates", "25", "75", "90", "100")  # of step 3
 ABNORMAL = ("V", "A", "F")  # abnormal symbols that the records hold besides N
 

@@ -1,16 +1,11 @@
-"""Step 5 on a real Dask scheduler with two worker processes, one of which is killed in the middle."""
+"""Step 5 on Dask: what is sent, and what is refused (test_experiments.py has a worker that is killed)."""
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import subprocess
-import sys
-import threading
 from typing import ClassVar
 
-import pandas as pd
 import pytest
 from conftest import ROOT, command, options, refusal, small_network
 from test_experiments import steady
@@ -18,68 +13,6 @@ from test_experiments import steady
 import fhe_experiments as step5
 from fhe_mlp import circuit, cluster, configuration, plan
 from fhe_mlp.cli import InputError
-
-
-@pytest.fixture
-def scheduler(tmp_path):
-    """Address of a scheduler, and the processes of its two workers (without a nanny: a killed one stays dead)."""
-    file = tmp_path / "scheduler.json"
-    environment = {**os.environ, "DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "0"}
-    dask = [sys.executable, "-m", "dask"]
-    started = [
-        subprocess.Popen(
-            [*dask, "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)],
-            cwd=ROOT,
-            env=environment,
-            stderr=subprocess.DEVNULL,
-        )
-    ]
-    try:
-        while not file.exists():  # which the scheduler writes when it listens
-            assert started[0].poll() is None
-        for name in ("first", "second"):
-            flags = ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--name", name]
-            worker = [*dask, "worker", "--scheduler-file", str(file), *flags, "--local-directory", str(tmp_path)]
-            started.append(subprocess.Popen(worker, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL))
-        yield json.loads(file.read_text())["address"], started[1:]
-    finally:
-        for process in reversed(started):
-            process.kill()
-            process.wait()
-
-
-def test_a_killed_worker_loses_only_its_own_configuration_which_is_done_elsewhere(arrays, tmp_path, scheduler):
-    address, workers = scheduler
-    here, there = tmp_path / "here", tmp_path / "there"
-    for folder in (here, there):
-        folder.mkdir()
-    step5.main(options(arrays, here, "--bits", "2", "3", "4"))
-    lost = []
-
-    def kill_a_busy_worker():
-        from distributed import Client
-
-        with Client(address) as client:
-            busy = {}
-            while not busy:
-                busy = {w: tasks for w, tasks in client.processing().items() if tasks}
-            name = client.scheduler_info()["workers"][next(iter(busy))]["name"]
-            lost.append(next(iter(busy.values())))
-            os.kill(workers[["first", "second"].index(name)].pid, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill_a_busy_worker)
-    killer.start()
-    step5.main(options(arrays, there, "--bits", "2", "3", "4", "--scheduler", address))
-    killer.join()
-    assert lost
-    assert sum(worker.poll() is not None for worker in workers) == 1
-    pd.testing.assert_frame_equal(steady(there), steady(here))
-    rows = steady(there)
-    assert list(rows["q_bits"]) == [2, 3, 4]
-    assert (rows["status"] == "ok").all()
-    assert (rows["num_items"] == 2).all()
-    assert (rows["host"] == os.uname().nodename).all()
-    assert (rows["cores"] == len(os.sched_getaffinity(0))).all()
 
 
 def test_the_command_shares_the_cores_of_this_machine_among_workers_that_measure_its_speed(arrays, tmp_path):

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import sqlite3
 import subprocess
+import sys
+import threading
+import time
 
 import numpy as np
 import openpyxl
@@ -20,6 +25,7 @@ from fhe_mlp.store import Store
 
 EXACT = str(2.0**-40)  # p_error of default PTQ: what differs then comes from approximate rounding
 WHOLE = ["--bits", "2", "3", "--batches", "2", "--rounding-bits", "5", "--p-error", EXACT]  # rounds nothing
+POLL_SECONDS = 0.05
 # What differs from run to run: times, and what the noise of encryption may touch.
 NOISY = re.compile(r"_time$|seconds|accuracy_simulated|outputs_equal|decisions_equal|_fhe|ciphertext")
 
@@ -153,6 +159,64 @@ def test_a_killed_run_is_resumed_and_gives_what_an_undisturbed_one_gives(whole, 
     pd.testing.assert_frame_equal(steady(tmp_path), steady(whole), check_dtype=False)
 
 
+@pytest.fixture
+def scheduler(tmp_path):
+    """Address of a scheduler, and the processes of its two workers (without a nanny: a killed one stays dead)."""
+    file = tmp_path / "scheduler.json"
+    environment = {**os.environ, "DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "0"}
+    dask = [sys.executable, "-m", "dask"]
+    started = [
+        subprocess.Popen(
+            [*dask, "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)],
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.DEVNULL,
+        )
+    ]
+    try:
+        while not file.exists():  # which the scheduler writes when it listens
+            with pytest.raises(subprocess.TimeoutExpired):  # unless it ends
+                started[0].wait(POLL_SECONDS)
+        for name in ("first", "second"):
+            flags = ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--name", name]
+            worker = [*dask, "worker", "--scheduler-file", str(file), *flags, "--local-directory", str(tmp_path)]
+            started.append(subprocess.Popen(worker, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL))
+        yield json.loads(file.read_text())["address"], started[1:]
+    finally:
+        for process in reversed(started):
+            process.kill()
+            process.wait()
+
+
+def test_a_killed_worker_loses_only_its_own_configuration_which_is_done_elsewhere(whole, arrays, tmp_path, scheduler):
+    address, workers = scheduler
+    lost = []
+
+    def kill_a_busy_worker():
+        from distributed import Client
+
+        with Client(address) as client:
+            busy = {}
+            while not busy:
+                time.sleep(POLL_SECONDS)  # a loop that asks without a pause takes a core
+                busy = {w: tasks for w, tasks in client.processing().items() if tasks}
+            name = client.scheduler_info()["workers"][next(iter(busy))]["name"]
+            lost.append(next(iter(busy.values())))
+            os.kill(workers[["first", "second"].index(name)].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_a_busy_worker)
+    killer.start()
+    step5.main(options(arrays, tmp_path, *WHOLE, "--scheduler", address))
+    killer.join()
+    assert lost
+    assert sum(worker.poll() is not None for worker in workers) == 1
+    rows = steady(tmp_path)
+    pd.testing.assert_frame_equal(rows, steady(whole), check_dtype=False)
+    assert (rows["status"] == "ok").all()
+    assert (rows["host"] == os.uname().nodename).all()
+    assert (rows["cores"] == len(os.sched_getaffinity(0))).all()
+
+
 def test_a_finished_run_computes_nothing_and_its_workbooks_can_be_written_anew(
     whole, arrays, tmp_path, counted, capsys
 ):
@@ -191,9 +255,6 @@ def test_rows_of_another_experiment_stay_apart_and_more_of_the_same_joins(
     rows = pd.read_excel(tmp_path / "results_batch_0.xlsx")
     assert list(rows["q_bits"]) == ([2, 3, 4] if what == "more bits" else [2])
     assert len(steady(tmp_path)) == 5  # the four that were there, and the new one
-
-
-# Networks that step 3 has quantized
 
 
 # What is deployed, and what is refused
