@@ -10,7 +10,8 @@ Then networks of as many neurons, from TABLES on, are trained at 2 to 7 bits as 
 the baseline as their teacher: each neuron is a table that is learned, beside a linear path (--activation relu: the
 float networks quantized instead, the smallest first, until ten are within --max-loss). Without neurons the network is
 logistic regression, rounded or trained quantized, and needs no bootstrap. Networks within --max-loss of the baseline on
-validation data are ranked by their cost, the others by accuracy; ten are kept.
+validation data (for unseen patients, with the records of the training part) are ranked by their cost, the others by
+accuracy; ten are kept.
 
 Reads   tf_pruned_model.h5 and MLP_model_0.h5 in --workdir (steps 1 and 2 make them) and the arrays in --data-dir
 Writes  to --workdir: ten pruned_model_top_{rank}_prune_{percent}_acc_{validation accuracy}.h5, each with its quantized
@@ -34,15 +35,16 @@ from tqdm import tqdm
 from fhe_mlp import ec57
 from fhe_mlp.arrays import Arrays, Rows, load_arrays, rows_of, training_probability, unseen_patients
 from fhe_mlp.candidates import (
-    ENCRYPTED_VALIDATION,
     PENALTIES,
     PENALTY_UNSEEN,
+    RANKING,
     Lesson,
     Quantized,
     fit_linear,
     lowest_cost,
     quantize_relu,
     quantize_tables,
+    ranking_rows,
 )
 from fhe_mlp.cli import (
     check_writable,
@@ -93,6 +95,7 @@ P_ERROR = 2.0**-6  # chance that one bootstrap is off by a step; 2^-13 costs twi
 TRIALS = 3  # trainings of each number of bits, side by side
 KEEP = 10  # networks that are saved
 QUANTIZED_ACCURACIES = [f"{part}_balanced_accuracy{kind}" for part in ("val", "test") for kind in ("", "_encrypted")]
+QUANTIZED_ACCURACIES.append(RANKING)
 CYCLES = 20  # timed repetitions of each latency, after one that warms up
 
 
@@ -145,9 +148,9 @@ def rank(table: pd.DataFrame, least: float) -> list[int]:
 
     Without quantized networks, by validation accuracy, the smaller network first among equals.
     """
-    if "quantized_val_balanced_accuracy_encrypted" not in table:
+    if f"quantized_{RANKING}" not in table:
         return list(table.sort_values(["val_balanced_accuracy", "rate_percent"], ascending=False).index)
-    accuracy = table["quantized_val_balanced_accuracy_encrypted"]
+    accuracy = table[f"quantized_{RANKING}"]
     good = accuracy >= least
     by_cost = table[good].sort_values(["predicted_complexity", "rate_percent"], ascending=[True, False])
     return [*by_cost.index, *accuracy[~good].sort_values(ascending=False).index]
@@ -208,14 +211,14 @@ def plot_results(table: pd.DataFrame, before: dict[str, float], workdir: Path) -
 
 
 def plot_cost(quantized: pd.DataFrame, baseline: float, max_loss: float, path: Path) -> None:
-    """Predicted encrypted cost against validation accuracy, one series a bit width: the mean of its trials, and bars to
-    the best and the worst. Networks without neurons, which cost next to nothing, are not shown."""
+    """Predicted encrypted cost against accuracy on the rows of ranking, one series a bit width: the mean of its trials,
+    and bars to the best and the worst. Networks without neurons, which cost next to nothing, are not shown."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(9, 5.4))
     for bits, group in quantized[quantized["pbs"] > 0].groupby("bits"):
         trials = group.groupby("rate_percent").agg(
-            cost=("predicted_complexity", "mean"), **{f: (ENCRYPTED_VALIDATION, f) for f in ("mean", "min", "max")}
+            cost=("predicted_complexity", "mean"), **{f: (RANKING, f) for f in ("mean", "min", "max")}
         )
         mean, ends = 100 * trials["mean"], 100 * trials[["min", "max"]].sub(trials["mean"], axis=0).abs().T
         axis.errorbar(trials["cost"], mean, yerr=ends, marker="o", capsize=2, label=f"{bits} bits")
@@ -224,7 +227,7 @@ def plot_cost(quantized: pd.DataFrame, baseline: float, max_loss: float, path: P
     axis.set(
         xscale="log",
         xlabel="predicted complexity of one encrypted beat",
-        ylabel="validation balanced accuracy (%)",
+        ylabel="balanced accuracy (%), rows of ranking",
         title=f"Quantized networks: accuracy against predicted cost, mean and range of {TRIALS} trainings",
     )
     axis.legend()
@@ -249,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--max-loss",
         type=positive_float,
         default=TOLERATED_LOSS,
-        help="validation accuracy below the baseline up to which a quantized network is ranked by its cost",
+        help="accuracy below the baseline up to which a quantized network is ranked by its cost",
     )
     args = parser.parse_args(argv)
     if sorted(set(args.rates)) != list(args.rates) or not 0 <= args.rates[0] <= args.rates[-1] <= 100:
@@ -263,9 +266,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = load_mlp(args.workdir / "tf_pruned_model.h5", "python TF_pruning.py", features)
     baseline = load_mlp(args.workdir / "MLP_model_0.h5", "python MLP_model_0.py", features)
     before = {part: balanced_accuracy(start, *data[part]) for part in ("val", "test")}
-    goal = balanced_accuracy(baseline, *data["val"])
     targets = baseline(data["train"][0]).numpy()[:, 0]
     beats, named = rows_of(args.data_dir, data)
+    data["ranking"] = ranking_rows(data, beats)
+    goal = balanced_accuracy(baseline, *data["ranking"])
     known = beats["test"] if named else None
     probability, noise, shift = training_probability(beats), input_noise(start), logit_shift(args.workdir)
     layers = dense_layers(start)
@@ -324,12 +328,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {
         **machine_facts(),
         "start": f"tf_pruned_model.h5, validation {before['val']:.4f}, test {before['test']:.4f}",
-        "teacher": f"MLP_model_0.h5, validation {goal:.4f}",
+        "teacher": f"MLP_model_0.h5, on the rows of ranking {goal:.4f}",
+        "ranking_*": "on the rows by which networks are chosen and ranked: the validation part; of unseen patients the "
+        "records of the training part too",
         "rank": f"by cost among those at most {100 * args.max_loss:g} points below the teacher when quantized",
         "activation": args.activation,
         "predicted_complexity": "neurons times the complexity of one PBS at their rounding bits, output and p_error",
         "*_encrypted": f"with the noise of p_error, mean of {NOISE_DRAWS} draws; of {TRIALS} trainings (trials) the "
-        "best on validation rows is kept; a difference within the trials' standard deviation is none",
+        "best by ranking_* is kept; a difference within the trials' standard deviation is none",
         "fine_tune_epochs": args.fine_tune_epochs,
         "quantization_epochs": args.quantization_epochs,
         "min_width": args.min_width,
@@ -355,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rounding_bits",
         "pbs",
     ]
-    shown += ["quantized_val_balanced_accuracy_encrypted", "quantized_test_balanced_accuracy_encrypted"]
+    shown += [f"quantized_{RANKING}", "quantized_test_balanced_accuracy_encrypted"]
     shown += ["quantized_test_trials_sd", "predicted_complexity"]
     printed = table[[name for name in shown if name in table]].assign(rank=table["file"].str.split("_").str[3])
     print(f"\n{printed.to_string(index=False, formatters={'predicted_complexity': '{:.2e}'.format})}\n")

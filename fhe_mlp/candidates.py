@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from fhe_mlp.arrays import Arrays
+from fhe_mlp.arrays import Arrays, Rows, patients, unseen_patients
 from fhe_mlp.networks import Layers, balanced_accuracy, build
 from fhe_mlp.qat import Ensemble, ReluEnsemble
 from fhe_mlp.quantized import SAME_COST, QuantizedNetwork
@@ -23,8 +23,21 @@ PENALTIES = (0.001, 0.01, 0.1, 1.0)  # C of logistic regression, tried on valida
 PENALTY_UNSEEN = 3e-4  # best on folds over the patients of DS1; five validation records cannot tell
 ITERATIONS = 400  # of logistic regression at most
 REMOVAL_ROWS = 3000  # training rows that show which neurons the others can replace
-ENCRYPTED_VALIDATION = "val_balanced_accuracy_encrypted"  # by which networks are chosen
+RANKING = "ranking_balanced_accuracy_encrypted"  # by which networks are chosen and ranked
 Quantized = dict[int, pd.DataFrame]  # by rate, the rows of `candidates`
+
+
+def ranking_rows(data: Arrays, beats: dict[str, pd.DataFrame]) -> Rows:
+    """Rows by which quantized networks are chosen and ranked: the validation part.
+
+    Where no patient of it is in the training part, it has few patients, and the records of the training part, without
+    their copies, count too: networks this small do not learn their training rows by heart.
+    """
+    if not unseen_patients(beats):
+        return data["val"]
+    own = (patients(beats["train"]) == beats["train"]["record"]).to_numpy()
+    X, y = (np.concatenate([data["train"][k][own], data["val"][k]]) for k in (0, 1))
+    return X, y
 
 
 def fit_linear(
@@ -50,8 +63,8 @@ def fit_linear(
 def candidates(networks: Sequence[QuantizedNetwork], data: Arrays) -> pd.DataFrame:
     """A row a network with its cost and accuracy; column "network" holds it.
 
-    The *_encrypted accuracies are those with the noise of p_error. Of each number of bits, the best on validation rows
-    is "chosen".
+    The *_encrypted accuracies are those with the noise of p_error; ranking_* those on data["ranking"], without it on
+    the validation rows. By them the best of each number of bits is "chosen".
     """
     (X, _), rows = data["train"], []
     for number, network in enumerate(networks):
@@ -59,13 +72,14 @@ def candidates(networks: Sequence[QuantizedNetwork], data: Arrays) -> pd.DataFra
         row = {"bits": network.bits, "trial": trial, "rounding_bits": network.rounding_bits}
         row |= {"p_error": network.p_error, "pbs": network.pbs()}
         row["predicted_complexity"] = network.predicted_complexity(X)
-        for part in ("val", "test"):
-            row[f"{part}_balanced_accuracy"] = network.balanced_accuracy(*data[part])
-            row[f"{part}_balanced_accuracy_encrypted"] = network.noisy_balanced_accuracy(*data[part])
+        for part in ("val", "test", "ranking"):
+            chosen = data.get(part, data["val"])
+            row[f"{part}_balanced_accuracy"] = network.balanced_accuracy(*chosen)
+            row[f"{part}_balanced_accuracy_encrypted"] = network.noisy_balanced_accuracy(*chosen)
         rows.append({**row, "network": network})
     table = pd.DataFrame(rows).sort_values(["bits", "trial"], ignore_index=True)
     table["chosen"] = False
-    table.loc[table.groupby("bits")[ENCRYPTED_VALIDATION].idxmax(), "chosen"] = True
+    table.loc[table.groupby("bits")[RANKING].idxmax(), "chosen"] = True
     return table
 
 
@@ -101,7 +115,7 @@ def quantize_linear(layers: Layers, form: dict[str, Any], lesson: Lesson, title:
 def quantize_relu(
     networks: dict[int, Layers], form: dict[str, Any], lesson: Lesson, least: float, enough: int
 ) -> Quantized:
-    """Quantize the networks by rate, the smallest first, until `enough` have `least` validation accuracy."""
+    """Quantize the networks by rate, the smallest first, until `enough` have `least` accuracy."""
     found: Quantized = {}
     for rate in sorted(networks, reverse=True):
         title = f"{rate} % removed, quantized"
@@ -109,7 +123,7 @@ def quantize_relu(
             found[rate] = lesson.train(ReluEnsemble(networks[rate], **form), title)
         else:
             found[rate] = quantize_linear(networks[rate], form, lesson, title)
-        if sum(one[ENCRYPTED_VALIDATION].max() >= least for one in found.values()) == enough:
+        if sum(one[RANKING].max() >= least for one in found.values()) == enough:
             break
     return found
 
@@ -135,12 +149,12 @@ def quantize_tables(networks: dict[int, Layers], start: Layers, form: dict[str, 
 
 
 def lowest_cost(quantized: pd.DataFrame, least: float) -> pd.Series:
-    """The row of the lowest cost of at least `least` validation accuracy or, where none has it, the most accurate.
+    """The row of the lowest cost of at least `least` RANKING accuracy or, where none has it, the most accurate.
 
     Of those that cost the same but for SAME_COST, that of the most bits: its functions include those of the others, and
     validation rows of few patients cannot tell them apart.
     """
-    accuracy = quantized[ENCRYPTED_VALIDATION]
+    accuracy = quantized[RANKING]
     cost = quantized["predicted_complexity"]
     if (accuracy < least).all():
         return quantized.loc[accuracy.idxmax()]

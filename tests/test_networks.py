@@ -352,7 +352,7 @@ def test_step3_files_hold_what_the_workbook_says(workdir, arrays, keras):
             assert network.pbs() == said.loc[bits, "pbs"] == sum(widths)
             trials = quantized[(quantized["rate_percent"] == row["rate_percent"]) & (quantized["bits"] == bits)]
             assert len(trials) == (step3.TRIALS if row["pbs"] else 2)
-            assert said.loc[bits, candidates.ENCRYPTED_VALIDATION] == trials[candidates.ENCRYPTED_VALIDATION].max()
+            assert said.loc[bits, candidates.RANKING] == trials[candidates.RANKING].max()
         if chosen:
             best = said.loc[row["quantized_bits"]]
             assert row["quantized_test_balanced_accuracy"] == best["test_balanced_accuracy"]

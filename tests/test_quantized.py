@@ -411,18 +411,30 @@ def test_a_layer_that_is_linear_goes_without_a_trace():
     np.testing.assert_allclose(logits(smaller), logits(layers), atol=1e-3)
 
 
+def test_networks_are_ranked_on_validation_rows_and_where_these_have_few_patients_on_the_trained_ones_too():
+    data = {"train": (np.arange(4.0)[:, None], np.array([0, 1, 0, 1])), "val": (np.array([[9.0]]), np.array([1]))}
+    beats = {
+        "train": pd.DataFrame({"record": ["101", "106", "106-S0.3", "106"]}),
+        "val": pd.DataFrame({"record": ["7"]}),
+    }
+    X, y = candidates.ranking_rows(data, beats)
+    assert (X[:, 0].tolist(), y.tolist()) == ([0.0, 1.0, 3.0, 9.0], [0, 1, 1, 1])
+    beats["val"]["record"] = "101"  # whom training has seen
+    assert candidates.ranking_rows(data, beats) is data["val"]
+
+
 def test_rank_is_by_cost_among_the_accurate_and_by_accuracy_among_the_rest():
     table = pd.DataFrame(
         {
             "rate_percent": [25, 50, 75, 90, 95],
             "val_balanced_accuracy": [0.99, 0.98, 0.98, 0.97, 0.9],
-            "quantized_val_balanced_accuracy_encrypted": [np.nan, 0.985, 0.981, 0.97, 0.975],
+            f"quantized_{candidates.RANKING}": [np.nan, 0.985, 0.981, 0.97, 0.975],
             "predicted_complexity": [np.nan, 9e9, 4e9, 2e9, 1e9],
         }
     )
-    small = table.assign(val_balanced_accuracy_encrypted=table["val_balanced_accuracy"], bits=[2, 5, 3, 4, 7])
+    small = table.assign(bits=[2, 5, 3, 4, 7], **{candidates.RANKING: table["val_balanced_accuracy"]})
     assert step3.rank(table, 0.98) == [2, 1, 4, 3, 0]
-    assert step3.rank(table.drop(columns="quantized_val_balanced_accuracy_encrypted"), 0.98) == [0, 2, 1, 3, 4]
+    assert step3.rank(table.drop(columns=f"quantized_{candidates.RANKING}"), 0.98) == [0, 2, 1, 3, 4]
     assert candidates.lowest_cost(small[1:], 0.98)["rate_percent"] == 75
     assert candidates.lowest_cost(small, 1.0)["rate_percent"] == 25
     assert (
@@ -463,8 +475,8 @@ def test_a_linear_network_is_rounded_or_trained_whichever_is_better_on_validatio
     assert list(zip(found["bits"], found["trial"])) == [(2, 0), (2, 1), (7, 0), (7, 1)]
     assert found["chosen"].sum() == 2 and (found["pbs"] == 0).all()
     for _, pair in found.groupby("bits"):
-        best = pair.loc[pair["chosen"], candidates.ENCRYPTED_VALIDATION].item()
-        assert best == pair[candidates.ENCRYPTED_VALIDATION].max()
+        best = pair.loc[pair["chosen"], candidates.RANKING].item()
+        assert best == pair[candidates.RANKING].max()
     kernel, bias = layers[0]
     rounded = found.loc[2, "network"].run(data["test"][0])[0]
     exact = (data["test"][0] @ kernel + bias)[:, 0]
