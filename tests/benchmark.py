@@ -381,10 +381,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for source in (
             pipeline(args.workdir, summary, experiment, data, speed),
             quantized_relus(args.workdir, experiment, data, speed, args.seed),
-            default_ptq(reference, compared, experiment, data, speed),
-            concrete_ml_models(data, speed, args.seed),
             packed_linear(data, args.seed),
             ckks(data, args.seed),
+            concrete_ml_models(data, speed, args.seed),
+            default_ptq(reference, compared, experiment, data, speed),  # last, for its circuits take minutes
         ):
             for row in source:
                 store.compare(shown.basis, row)
