@@ -94,8 +94,10 @@ ROUNDING_BITS = 6  # of an accumulator that its bootstrap sees; at the same cost
 P_ERROR = 2.0**-6  # chance that one bootstrap is off by a step; 2^-13 costs twice as much and gains up to 0.2 points
 TRIALS = 3  # trainings of each number of bits, side by side
 KEEP = 10  # networks that are saved
-QUANTIZED_ACCURACIES = [f"{part}_balanced_accuracy{kind}" for part in ("val", "test") for kind in ("", "_encrypted")]
-QUANTIZED_ACCURACIES.append(RANKING)
+QUANTIZED_ACCURACIES = [
+    *(f"{part}_balanced_accuracy{kind}" for part in ("val", "test") for kind in ("", "_encrypted")),
+    RANKING,
+]
 CYCLES = 20  # timed repetitions of each latency, after one that warms up
 
 

@@ -160,6 +160,8 @@ def pipeline(
 def quantized_relus(workdir: Path, experiment: step5.Experiment, data: Row, speed: Row, seed: int) -> Iterator[Row]:
     """A float network of step 3 as `dynamic_pruning_eval.py --activation relu` quantizes it."""
     kept = [networks.load_mlp(p, "python dynamic_pruning_eval.py") for p in networks.by_rank(workdir, ".h5")]
+    if not kept:
+        raise cli.InputError(f"{workdir}: no pruned_model_top_*.h5; make them with: python dynamic_pruning_eval.py")
     widths = [sum(len(bias) for _, bias in networks.dense_layers(model)[:-1]) for model in kept]
     nearest = min(range(len(kept)), key=lambda number: abs(widths[number] - RELU_NEURONS))
     X, name = data["train"][0], f"{widths[nearest]} ReLU neurons, {RELU_FORM['bits'][0]} bits"

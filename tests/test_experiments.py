@@ -10,7 +10,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 
 import numpy as np
 import openpyxl
@@ -188,17 +187,20 @@ def scheduler(tmp_path):
             process.wait()
 
 
-def test_a_killed_worker_loses_only_its_own_configuration_which_is_done_elsewhere(whole, arrays, tmp_path, scheduler):
+def test_a_killed_worker_loses_only_its_own_configuration_which_is_done_elsewhere(
+    whole, arrays, tmp_path, scheduler, monkeypatch
+):
+    from distributed import Client
+
     address, workers = scheduler
-    lost = []
+    lost, sent, submit = [], threading.Event(), Client.submit
+    monkeypatch.setattr(Client, "submit", lambda *call, **options: (submit(*call, **options), sent.set())[0])
 
     def kill_a_busy_worker():
-        from distributed import Client
-
+        sent.wait()
         with Client(address) as client:
             busy = {}
             while not busy:
-                time.sleep(POLL_SECONDS)  # a loop that asks without a pause takes a core
                 busy = {w: tasks for w, tasks in client.processing().items() if tasks}
             name = client.scheduler_info()["workers"][next(iter(busy))]["name"]
             lost.append(next(iter(busy.values())))

@@ -40,7 +40,8 @@ def test_shipped_arrays_come_from_the_records(tmp_path):
         for kind in "Xy":
             name = f"Arryth_MITBIH_{split}_{kind}.npy"
             made, shipped = np.load(tmp_path / name), np.load(ROOT / "data" / name)
-            np.testing.assert_allclose(made, shipped, atol=2e-4, rtol=0)  # float32 sums; 6e-5 on another processor
+            assert np.isclose(made, shipped, atol=1e-5, rtol=0).mean() > 0.999
+            np.testing.assert_allclose(made, shipped, atol=1e-4, rtol=0)  # float32 sums; 6e-5 on another processor
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
