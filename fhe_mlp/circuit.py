@@ -71,7 +71,8 @@ def quantize(configuration: Configuration) -> QuantizedModule:
     Raises one of CIRCUIT_ERRORS where Concrete ML cannot quantize it.
     """
     rounding_bits = configuration.rounding_bits
-    with warnings.catch_warnings():
+    # Concrete ML writes whole arrays into the messages of its checks, also of those that hold: most of its time.
+    with warnings.catch_warnings(), np.printoptions(threshold=0, edgeitems=1):
         import onnx
         from concrete.ml.torch.compile import build_quantized_module
 

@@ -30,6 +30,9 @@ SMALL = {  # settings of step 5 in tests: wide circuits of default PTQ take half
     "P_ERROR": 2.0**-40,  # the keys of 2^-13 are larger, and take longer
 }
 SMALL_LAYER = {"MEASURED_NEURONS": 2, "MEASURED_ROUNDING_BITS": 4}  # the same, of the layer that measures the machine
+SPEED = {"unit": 1e-10, "key_byte": 1e-8, "simulated_pbs": 1e-5}  # of this machine, where it need not be measured
+RUN = {"output_fhe": 1.0, "encrypt_seconds": 0.1, "run_seconds": 0.1, "decrypt_seconds": 0.1}  # of a beat, where keys
+RUN |= {"input_bytes": 1000, "output_bytes": 1000}  # need not be made: what circuit.run_encrypted returns
 RATES = ("--rates", "25", "75", "90", "100")  # of step 3
 ABNORMAL = ("V", "A", "F")  # abnormal symbols that the records hold besides N
 
@@ -188,13 +191,17 @@ def three_inputs(weights):
     return {**weights, "w0": np.where(np.arange(len(weights["w0"]))[:, None] < 3, weights["w0"], 0)}
 
 
-def command(*argv: str, prelude: str = "") -> list[str]:
-    """Step 5 in a process of its own, with the settings SMALL; prelude: code before it starts, with step 5 as `s`."""
+def command(*argv: str, prelude: str, measured: bool = False) -> list[str]:
+    """Step 5 in a process of its own, with the settings SMALL; prelude: code before it starts, with step 5 as `s`.
+
+    measured: measure the machine's speed, on the layer of SMALL_LAYER.
+    """
     code = (
         "import sys, fhe_experiments as s\nfrom fhe_mlp.cli import run_in_child\n"
         + "".join(f"s.{name} = {value!r}\n" for name, value in SMALL.items())
         + "from fhe_mlp import circuit\n"
         + "".join(f"circuit.{name} = {value!r}\n" for name, value in SMALL_LAYER.items())
+        + ("" if measured else f"circuit.measure_speed = lambda *_: circuit.Speed(**{SPEED})\n")
         + f"{prelude}\nsys.argv[0] = 'fhe_experiments.py'\n"
         "run_in_child(lambda: s.main(sys.argv[1:]), s.RESUME, s.show_saved)\n"
     )
@@ -203,15 +210,17 @@ def command(*argv: str, prelude: str = "") -> list[str]:
 
 @pytest.fixture(scope="session", autouse=True)
 def small_settings():
-    """Step 5 with the settings SMALL, and a smaller layer to measure the machine's speed on."""
+    """Step 5 with the settings SMALL, on a machine of known speed; yields the function that would measure it."""
     import fhe_experiments
     from fhe_mlp import circuit
 
+    measure_speed = circuit.measure_speed
     with pytest.MonkeyPatch.context() as patch:
         for module, settings in ((circuit, SMALL_LAYER), (fhe_experiments, SMALL)):
             for name, value in settings.items():
                 patch.setattr(module, name, value)
-        yield
+        patch.setattr(circuit, "measure_speed", lambda *_: circuit.Speed(**SPEED))
+        yield measure_speed
 
 
 def pytest_sessionfinish(session, exitstatus):

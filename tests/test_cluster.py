@@ -19,7 +19,7 @@ def test_the_command_shares_the_cores_of_this_machine_among_workers_that_measure
     workers = min(2, os.cpu_count())
     not_here = "def no(*a): raise AssertionError\ncircuit.run_encrypted = no"  # the workers have their own modules
     asked = options(arrays, tmp_path, "--bits", "2", "3", "--scheduler", f"local:{workers}")
-    argv = command(*asked, prelude=not_here)
+    argv = command(*asked, prelude=not_here, measured=True)
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = steady(tmp_path)

@@ -14,7 +14,6 @@ import stat
 import struct
 import subprocess
 import sys
-import time
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -525,12 +524,11 @@ def test_what_a_beats_file_could_mean_in_two_ways_is_refused_with_its_place(tmp_
     assert len(str(refusal.value).splitlines()) == 1
 
 
-def test_a_long_cell_that_is_no_number_is_refused_at_once(tmp_path):
-    (tmp_path / "beats.csv").write_text(f"a,b,c\n1,2,{'1' * 20_000}x\n")
-    started = time.monotonic()
+def test_a_long_cell_that_is_no_number_is_refused(tmp_path):
+    """Of the longest that csv reads; a pattern that tries the digits in every way would not come to an end."""
+    (tmp_path / "beats.csv").write_text(f"a,b,c\n1,2,{'1' * 130_000}x\n")
     with pytest.raises(boxes.Refusal, match="column c"):
         csvfiles.read_beats(tmp_path / "beats.csv", NAMES)
-    assert time.monotonic() - started < 2
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -15,7 +15,7 @@ import numpy as np
 import openpyxl
 import pandas as pd
 import pytest
-from conftest import ROOT, command, options, refusal, small_network, three_inputs
+from conftest import ROOT, SMALL_LAYER, SPEED, command, options, refusal, small_network, three_inputs
 
 import fhe_experiments as step5
 from fhe_mlp import circuit, configuration, ec57, report
@@ -46,8 +46,9 @@ def whole(arrays, tmp_path_factory):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Labels of what is compiled, and rows that are run encrypted, from here on."""
+    """Labels of what is compiled, and of a machine that is measured, and rows that are run encrypted, from here on."""
     made, ran = [], []
+    monkeypatch.setattr(circuit, "measure_speed", lambda *_: made.append("the machine") or circuit.Speed(**SPEED))
     compile_circuit, run_encrypted = circuit.compile_circuit, circuit.run_encrypted
     monkeypatch.setattr(circuit, "compile_circuit", lambda c: made.append(c.label) or compile_circuit(c))
     monkeypatch.setattr(circuit, "run_encrypted", lambda m, row: ran.append(row) or run_encrypted(m, row))
@@ -108,10 +109,10 @@ def test_cleartext_accuracy_is_that_of_the_quantized_network_on_the_whole_test_s
 
 
 def test_the_reference_evaluates_the_sigmoid_and_does_not_round(arrays, tmp_path):
-    step5.main(options(arrays, tmp_path, "--bits", "2", "--reference", widths=(32, 2, 1)))
+    step5.main(options(arrays, tmp_path, "--bits", "2", "--reference"))
     sheets = pd.read_excel(tmp_path / "results_batch_0.xlsx", sheet_name=None)
     row = sheets["results"].iloc[0]
-    assert row["pbs"] == 3  # two ReLU and the sigmoid
+    assert row["pbs"] == 4  # three ReLU and the sigmoid
     assert sheets["predictions"]["output_clear"].between(0, 1).all()
     assert row["outputs_equal_clear"] == 2  # without rounding the encrypted output is exact
     assert (row["quantization"], row["p_error"]) == ("default PTQ", 2.0**-40)
@@ -134,6 +135,17 @@ def test_rows_are_drawn_by_class_and_record_whatever_else_is_run():
     assert len(step5.drawn_rows(2, 50, 10, order[:105])) == 5
 
 
+def test_a_machine_is_measured_on_one_small_layer_after_a_run_that_warms_up(small_settings, monkeypatch):
+    seconds, ran = iter([9.0, 1.0, 2.0, 30.0]), []
+    monkeypatch.setattr(circuit, "run_encrypted", lambda m, row: ran.append(m) or {"run_seconds": next(seconds)})
+    monkeypatch.setattr(circuit, "make_keys", lambda m: 5.0)
+    speed, layer = small_settings(configuration.Setting(4, float(EXACT), 0.0), 42), ran[0].fhe_circuit
+    assert layer.programmable_bootstrap_count == SMALL_LAYER["MEASURED_NEURONS"]
+    assert speed.unit == 2.0 / layer.complexity
+    assert speed.key_byte == 5.0 / circuit.key_bytes(layer)
+    assert speed.simulated_pbs > 0
+
+
 # Resumed and interrupted runs
 
 
@@ -154,7 +166,7 @@ def test_a_killed_run_is_resumed_and_gives_what_an_undisturbed_one_gives(whole, 
     assert 1 <= done <= 4
     left = [2 - min(done, 2), 4 - max(done, 2)]  # batches of each of the two configurations
     assert sum("small" in label for label in made) == (left[0] > 0) + (left[1] > 0)
-    assert len(ran) == (4 if any(left) else 0) + sum(1 + 2 * batches for batches in left if batches)
+    assert len(ran) == sum(1 + 2 * batches for batches in left if batches)
     pd.testing.assert_frame_equal(steady(tmp_path), steady(whole), check_dtype=False)
 
 
@@ -252,7 +264,8 @@ def test_rows_of_another_experiment_stay_apart_and_more_of_the_same_joins(
         bits = "4"
     if what == "setting":
         p_error = "0.001"
-    step5.main(options(data, tmp_path, *WHOLE, "--bits", bits, "--batches", "1", "--p-error", p_error))
+    more = ["--bits", bits, "--batches", "1", "--p-error", p_error, "--max-seconds", "1e-9"]  # a row all the same
+    step5.main(options(data, tmp_path, *WHOLE, *more))
     assert next(label for label in counted[0] if "small" in label) == f"small at {bits} bits"
     rows = pd.read_excel(tmp_path / "results_batch_0.xlsx")
     assert list(rows["q_bits"]) == ([2, 3, 4] if what == "more bits" else [2])

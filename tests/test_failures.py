@@ -10,7 +10,7 @@ import subprocess
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, SMALL, command, options, refusal, small_network
+from conftest import ROOT, RUN, command, options, refusal, small_network
 
 import fhe_experiments as step5
 from fhe_mlp import circuit
@@ -61,22 +61,20 @@ def test_keys_that_memory_cannot_hold_are_not_made(arrays, tmp_path, monkeypatch
 
 
 def test_what_breaks_while_running_is_a_row_and_what_was_finished_stays(arrays, tmp_path, monkeypatch):
-    run_encrypted, calls = circuit.run_encrypted, []
+    calls = []
 
-    def breaks(module, row):
+    def run_encrypted(module, row):
         calls.append(row)
-        if len(calls) == 4 + 3 + 2:  # the machine's speed, the first configuration, and a sample of the second
+        if len(calls) == 3 + 2:  # the first configuration, and a sample of the second
             raise MemoryError
-        if len(calls) == 4 + 3 + 3:
+        if len(calls) == 3 + 3:
             raise KeyboardInterrupt
-        return run_encrypted(module, row)
+        return RUN
 
-    monkeypatch.setattr(circuit, "run_encrypted", breaks)
+    monkeypatch.setattr(circuit, "make_keys", lambda module: 1.0)
+    monkeypatch.setattr(circuit, "run_encrypted", run_encrypted)
     with pytest.raises(KeyboardInterrupt):
         step5.main(options(arrays, tmp_path, "--bits", "2", "3", "4"))
-    monkeypatch.undo()
-    monkeypatch.setattr(step5, "SIMULATED_ROWS", SMALL["SIMULATED_ROWS"])
-    monkeypatch.setattr(step5, "ROUNDING_BITS", SMALL["ROUNDING_BITS"])
     step5.main(options(arrays, tmp_path, "--report"))
     rows = pd.read_excel(tmp_path / "results_batch_0.xlsx").set_index("q_bits")
     assert rows["status"].to_dict() == {2: "ok", 3: "failed"}
@@ -97,8 +95,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(arrays, tmp_path, capsys):
 WAITS = {  # what a run is doing when it is interrupted, once it has printed a line
     "in Python": "print('waiting', os.getpid(), flush=True); signal.pause()",
     "in Concrete, which answers with SIGKILL of its own process": (
-        "m = circuit.compile_circuit(c); circuit.make_keys(m); circuit.run_encrypted(m, c.calibration[0]); "
-        "print('waiting', os.getpid(), flush=True); [circuit.run_encrypted(m, c.calibration[0]) for _ in range(10_000)]"
+        "m = circuit.compile_circuit(c); make_keys(m); run_encrypted(m, c.calibration[0]); "
+        "print('waiting', os.getpid(), flush=True); [run_encrypted(m, c.calibration[0]) for _ in range(10_000)]"
     ),
     "killed for want of memory": "print('waiting', os.getpid(), flush=True); os.kill(os.getpid(), 9)",
 }
@@ -107,7 +105,9 @@ WAITS = {  # what a run is doing when it is interrupted, once it has printed a l
 @pytest.mark.parametrize("waits", WAITS)
 def test_an_interrupt_ends_the_run_says_how_to_resume_and_shows_what_is_finished(arrays, tmp_path, waits):
     prelude = (
-        "import os, signal\nfrom fhe_mlp import circuit\nprepare = circuit.prepare\n"
+        "import os, signal\nprepare = circuit.prepare\n"
+        "make_keys, run_encrypted = circuit.make_keys, circuit.run_encrypted\n"
+        f"circuit.make_keys, circuit.run_encrypted = lambda m: 1.0, lambda m, row: {RUN}\n"
         f"def wait(c, *rest):\n    if c.bits == 2: return prepare(c, *rest)\n    {WAITS[waits]}\n"
         "circuit.prepare = wait"
     )
