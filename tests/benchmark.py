@@ -159,6 +159,7 @@ def pipeline(
 
 def quantized_relus(workdir: Path, experiment: step5.Experiment, data: Row, speed: Row, seed: int) -> Iterator[Row]:
     """A float network of step 3 as `dynamic_pruning_eval.py --activation relu` quantizes it."""
+    networks.start_tensorflow(seed)
     kept = [networks.load_mlp(p, "python dynamic_pruning_eval.py") for p in networks.by_rank(workdir, ".h5")]
     if not kept:
         raise cli.InputError(f"{workdir}: no pruned_model_top_*.h5; make them with: python dynamic_pruning_eval.py")
