@@ -14,7 +14,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from fhe_mlp.cli import InputError, whole_file
-from fhe_mlp.pictures import save_figure
+from fhe_mlp.pictures import label_points, save_figure
 from fhe_mlp.steps import STEPS, plot_steps, read_steps, side_by_side, steps_table
 from fhe_mlp.store import Store
 
@@ -274,7 +274,7 @@ def plot_frontier(summary: pd.DataFrame, others: pd.DataFrame, path: Path) -> No
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator
 
-    figure, axes = plt.subplots(1, 2, figsize=(15, 6.5), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(15, 7), sharey=True, layout="constrained")
     placed = others[others[["complexity", "seconds"]].notna().any(axis=1)]
     everything = drawn_at(pd.concat([summary["balanced_accuracy_test_set"], placed["balanced_accuracy"]]).dropna())
     axes[0].set_ylabel("balanced accuracy, whole test set, quantized")
@@ -295,10 +295,6 @@ def plot_frontier(summary: pd.DataFrame, others: pd.DataFrame, path: Path) -> No
             at = drawn_at(group["balanced_accuracy"])
             style = {"facecolor": "lightgrey", "edgecolor": "black", "marker": MARKERS.get(kind, "v")}
             axis.scatter(group[other_cost], at, s=40, label=kind, zorder=2, **style)
-            for name, x, y in zip(group["name"], group[other_cost], at):
-                right = x > known[other_cost].max() / 20  # there, its name would leave the picture
-                place = {"xytext": (-5, -9), "ha": "right"} if right else {"xytext": (5, -9)}
-                axis.annotate(name, (x, y), textcoords="offset points", fontsize=7, **place)
         axis.set(yscale="logit", xlabel=label)
         if table[cost].notna().any() or len(known):  # matplotlib has no logarithmic axis of nothing
             axis.set_xscale("log")
@@ -309,7 +305,9 @@ def plot_frontier(summary: pd.DataFrame, others: pd.DataFrame, path: Path) -> No
         axis.set_ylim(1 - 1.3 * (1 - everything.min()), 1 - (1 - everything.max()) / 1.3)
         axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
         axis.yaxis.set_minor_formatter("")
-    axes[0].legend(loc="lower right", fontsize=8)
+        label_points(axis, known["name"], known[other_cost], drawn_at(known["balanced_accuracy"]))
+    shown = {label: mark for axis in axes for mark, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(shown), fontsize=8)
     figure.suptitle("Cost of encrypted inference (front: best validation accuracy at its cost)")
     save_figure(figure, path)
 
