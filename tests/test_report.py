@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import openpyxl
 import pandas as pd
 import pytest
 
-from fhe_mlp import ec57, report, steps
+from fhe_mlp import ec57, pictures, report, steps
 from fhe_mlp.cli import InputError
 
 
@@ -145,3 +146,17 @@ def test_networks_of_two_folders_stand_side_by_side_by_what_was_removed(tmp_path
     for damaged in (folder, tmp_path):
         with pytest.raises(InputError, match="fhe_steps.csv: .*; make it with: python fhe_experiments.py"):
             steps.read_steps(damaged)
+
+
+def test_names_in_the_frontier_picture_lie_inside_and_clear_of_each_other():
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots()
+    axis.set(xlim=(0, 10), ylim=(0, 10))
+    pictures.label_points(axis, [f"name of number {k}" for k in range(5)], [9.9, 9.9, 0.1, 0.1, 0.1], [5, 5, 5, 5, 5.1])
+    boxes = [note.get_window_extent() for note in axis.texts if note.get_visible()]
+    assert len(boxes) == 5
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    edge = axis.get_window_extent()
+    assert all(edge.x0 <= box.x0 and box.x1 <= edge.x1 for box in boxes)
+    plt.close(figure)
