@@ -6,7 +6,7 @@ decides, while one-shot pruning (--fine-tune-epochs 0) ranks by zeros throughout
 neuron is folded into the next layer's bias. Layers narrower than --min-width are removed, and the others get their
 neurons: an encrypted neuron costs the same in any layer, and a narrow layer passes few bits.
 
-Then networks of as many neurons, from TABLES on, are trained at 2 to 7 bits as the encrypted graph computes them, with
+Then networks of as many neurons, at most TABLES, are trained at 2 to 7 bits as the encrypted graph computes them, with
 the baseline as their teacher: each neuron is a table that is learned, beside a linear path (--activation relu: the
 float networks quantized instead, the smallest first, until ten are within --max-loss). Without neurons the network is
 logistic regression, rounded or trained quantized, and needs no bootstrap. Networks within --max-loss of the baseline on
@@ -88,7 +88,7 @@ LEARNING_RATE = 2e-3  # of Adam at the start of each fine-tuning; falls to 0 alo
 WEIGHT_DECAY = 0.3  # decoupled, of weights and biases; narrow ranges survive quantization (tried on validation rows)
 MIN_WIDTH = 32  # neurons; with narrower hidden layers 0.3 to 1 points were lost at 3 and 4 bits (validation rows)
 ACTIVATIONS = ("table", "relu")  # what a quantized neuron computes: what it learns, or the float network's ReLU
-TABLES = 40  # neurons from which networks of tables start; more gain nothing
+TABLES = 26  # neurons from which networks of tables start; 40 are no better at any number of neurons
 QUANTIZATION_EPOCHS = 30  # of quantization-aware training, for each rate; 60 gain nothing
 ROUNDING_BITS = 6  # of an accumulator that its bootstrap sees; at the same cost, 5 are 0.1 points worse, 4 more
 P_ERROR = 2.0**-6  # chance that one bootstrap is off by a step; 2^-13 costs twice as much and gains up to 0.2 points
@@ -105,9 +105,10 @@ def fine_tune(model: tf_keras.Sequential, rows: Rows, probability: np.ndarray, e
     """Train `model` in place on drawn rows, each with its probability (n,), until the learning rate is 0."""
     import tf_keras
 
-    steps = epochs * -(-epoch_rows(rows[1]) // BATCH_SIZE)
-    rate = tf_keras.optimizers.schedules.CosineDecay(LEARNING_RATE, steps)
-    model.compile(tf_keras.optimizers.Adam(rate, weight_decay=WEIGHT_DECAY), "binary_crossentropy")
+    steps = -(-epoch_rows(rows[1]) // BATCH_SIZE)  # an epoch; all in one call, which computes the same in less time
+    rate = tf_keras.optimizers.schedules.CosineDecay(LEARNING_RATE, epochs * steps)
+    optimizer = tf_keras.optimizers.Adam(rate, weight_decay=WEIGHT_DECAY)
+    model.compile(optimizer, "binary_crossentropy", steps_per_execution=steps)
     model.fit(training_draws(*rows, probability, BATCH_SIZE, seed), epochs=epochs, verbose=0)
 
 
