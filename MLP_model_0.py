@@ -16,8 +16,8 @@ Run     python MLP_model_0.py
 
 from __future__ import annotations
 
-import argparse
 import itertools
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +38,11 @@ from fhe_mlp.arrays import (
     unseen_patients,
 )
 from fhe_mlp.cli import (
+    BELOW_ONE,
     InputError,
     check_writable,
     make_parser,
-    non_negative_float,
+    number,
     positive_float,
     positive_int,
     run,
@@ -220,13 +221,6 @@ def plot_records(table: pd.DataFrame, path: Path) -> None:
     save_figure(figure, path)
 
 
-def threshold(text: str) -> float:
-    """argparse type: a probability between 0 and 1."""
-    if not 0 < positive_float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
-    return float(text)
-
-
 def print_figures(found: dict[str, dict[str, Any]]) -> None:
     """Gross figures with their intervals, averages over records and shares found of each class, a column a set."""
     rows: dict[str, dict[str, str]] = {}
@@ -249,20 +243,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     option("--hidden", type=positive_int, nargs="+", default=HIDDEN, help="neurons of each hidden layer")
     option(
         "--noise",
-        type=non_negative_float,
+        type=number(float, 0, sys.float_info.max, "a number from 0"),
         help=f"standard deviation added to the features (default: {NOISE:g}, for unseen patients {NOISE_UNSEEN:g})",
     )
     option(
         "--epochs",
         type=positive_int,
-        help="of as many drawn rows as a balanced training part has "
+        help="each of as many drawn rows as a balanced training part has "
         f"(default: {EPOCHS}, for unseen patients {EPOCHS_UNSEEN})",
     )
     option("--batch-size", type=positive_int, default=BATCH_SIZE, help="beats a gradient step")
     option("--learning-rate", type=positive_float, default=LEARNING_RATE, help="of Adam, at its highest")
     option(
         "--threshold",
-        type=threshold,
+        type=number(float, sys.float_info.min, BELOW_ONE, "a number between 0 and 1"),
         help=f"probability that decides (default: {THRESHOLD:g}, for unseen patients {THRESHOLD_UNSEEN:g}, unless "
         "validation rows clearly ask for another)",
     )

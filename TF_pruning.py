@@ -23,7 +23,7 @@ import pandas as pd
 
 from fhe_mlp import ec57
 from fhe_mlp.arrays import load_arrays, rows_of, training_probability
-from fhe_mlp.cli import check_writable, make_parser, positive_float, positive_int, run, write_json
+from fhe_mlp.cli import BELOW_ONE, check_writable, make_parser, number, positive_float, positive_int, run, write_json
 from fhe_mlp.networks import (
     balanced_weights,
     decisions,
@@ -121,8 +121,8 @@ def plot_epochs(sparsity: list[dict[str, float]], val_accuracy: list[float], bef
 
     figure, axes = plt.subplots(2, 1, figsize=(8, 7), sharex=True)
     epochs = np.arange(1, len(sparsity) + 1)
-    for number, name in enumerate(list(sparsity[0])[:-1]):  # they nearly coincide: the later ones thinner
-        axes[0].plot(epochs, [100 * s[name] for s in sparsity], linewidth=9 - 2.5 * number, label=name)
+    for place, name in enumerate(list(sparsity[0])[:-1]):  # they nearly coincide: the later ones thinner
+        axes[0].plot(epochs, [100 * s[name] for s in sparsity], linewidth=9 - 2.5 * place, label=name)
     axes[0].set(ylabel="zero weights (%)", title="Structured pruning: sparsity of the hidden layers", ylim=(0, 100))
     axes[0].legend()
     axes[1].plot(epochs, [100 * a for a in val_accuracy], marker=".", label="while pruning")
@@ -139,16 +139,6 @@ def block_rows(text: str) -> str:
     return text
 
 
-def share(text: str) -> float:
-    """argparse type: a share from 0 to less than 1."""
-    try:
-        if 0 <= float(text) < 1:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to less than 1")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Prune, strip, save, reload, and report the reloaded network."""
     parser = make_parser(__doc__)
@@ -158,10 +148,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=BLOCK_ROWS,
         help="incoming weights of a neuron that are zeroed together: a number (1: single weights) or 'neuron' (all)",
     )
+    share = number(float, 0, BELOW_ONE, "a number from 0 to less than 1")
     parser.add_argument("--initial-sparsity", type=share, default=INITIAL_SPARSITY, help="zero weights at the start")
     parser.add_argument("--final-sparsity", type=share, default=FINAL_SPARSITY, help="zero weights at the end")
     parser.add_argument(
-        "--epochs", type=positive_int, default=EPOCHS, help="of as many drawn rows as a balanced training part has"
+        "--epochs", type=positive_int, default=EPOCHS, help="each of as many drawn rows as a balanced training part has"
     )
     parser.add_argument("--batch-size", type=positive_int, default=BATCH_SIZE, help="beats a gradient step")
     parser.add_argument("--learning-rate", type=positive_float, default=LEARNING_RATE, help="of Adam")

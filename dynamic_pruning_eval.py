@@ -1,12 +1,13 @@
 """Step 3: remove neurons at rates from 25 % to 100 %, fine-tune, quantize, and keep the ten best networks.
 
-Each rate starts from the network of the rate before. The neurons with the most zero weights are removed first, and
-among equals those of the least saliency: fine-tuning fills the zeros of step 2, so from the second rate on, saliency
-decides, while one-shot pruning (--fine-tune-epochs 0) ranks by zeros throughout. The mean activation of a removed
-neuron is folded into the next layer's bias. Layers narrower than --min-width are removed, and the others get their
-neurons: an encrypted neuron costs the same in any layer, and a narrow layer passes few bits.
+Each rate starts from the last network that is at least as wide, mostly that of the rate before. The neurons with the
+most zero weights are removed first, and among equals those of the least saliency: fine-tuning fills the zeros of step
+2, so from the second rate on, saliency decides, while one-shot pruning (--fine-tune-epochs 0) ranks by zeros
+throughout. The mean activation of a removed neuron is folded into the next layer's bias. Layers narrower than
+--min-width are removed, and the others get their neurons: an encrypted neuron costs the same in any layer, and a narrow
+layer passes few bits.
 
-Then networks of as many neurons, at most TABLES, are trained at 2 to 7 bits as the encrypted graph computes them, with
+Then networks of as many neurons, from 26 down, are trained at 2 to 7 bits as the encrypted graph computes them, with
 the baseline as their teacher: each neuron is a table that is learned, beside a linear path (--activation relu: the
 float networks quantized instead, the smallest first, until ten are within --max-loss). Without neurons the network is
 logistic regression, rounded or trained quantized, and needs no bootstrap. Networks within --max-loss of the baseline on
@@ -51,6 +52,7 @@ from fhe_mlp.cli import (
     machine_facts,
     make_parser,
     natural_int,
+    number,
     positive_float,
     positive_int,
     run,
@@ -91,7 +93,9 @@ ACTIVATIONS = ("table", "relu")  # what a quantized neuron computes: what it lea
 TABLES = 26  # neurons from which networks of tables start; 40 are no better at any number of neurons
 QUANTIZATION_EPOCHS = 30  # of quantization-aware training, for each rate; 60 gain nothing
 ROUNDING_BITS = 6  # of an accumulator that its bootstrap sees; at the same cost, 5 are 0.1 points worse, 4 more
-P_ERROR = 2.0**-6  # chance that one bootstrap is off by a step; 2^-13 costs twice as much and gains up to 0.2 points
+P_ERROR = (
+    2.0**-6
+)  # chance that one bootstrap is off by a step; 2^-13 costs three times as much and gains up to 0.2 points
 TRIALS = 3  # trainings of each number of bits, side by side
 KEEP = 10  # networks that are saved
 QUANTIZED_ACCURACIES = [
@@ -247,7 +251,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--min-width", type=positive_int, default=MIN_WIDTH, help="narrower hidden layers are removed")
     parser.add_argument("--activation", choices=ACTIVATIONS, default=ACTIVATIONS[0], help="of quantized neurons")
     parser.add_argument("--rounding-bits", type=int, choices=range(3, 8), default=ROUNDING_BITS, help="of accumulators")
-    parser.add_argument("--p-error", type=float, default=P_ERROR, help="chance that one bootstrap is off by a step")
+    parser.add_argument(
+        "--p-error",
+        type=number(float, 2.0**-40, 0.25, "from 2^-40 to 0.25"),
+        default=P_ERROR,
+        help="chance that one bootstrap is off by a step",
+    )
     parser.add_argument(
         "--quantization-epochs", type=natural_int, default=QUANTIZATION_EPOCHS, help="0: leave quantization to step 5"
     )
@@ -260,8 +269,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if sorted(set(args.rates)) != list(args.rates) or not 0 <= args.rates[0] <= args.rates[-1] <= 100:
         parser.error("--rates must rise and lie between 0 and 100")
-    if not 2.0**-40 <= args.p_error <= 0.25:
-        parser.error("--p-error must lie between 2^-40 and 0.25")
     check_writable(args.workdir)
     data = load_arrays(args.data_dir, public_map(args.workdir))
     start_tensorflow(args.seed)

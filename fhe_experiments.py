@@ -4,8 +4,8 @@ Every configuration (network, bits) is compiled first; then the plan with the pr
 affordable runs encrypted on test rows drawn by class and record. Where step 3 trained a network for a bit width, that
 one is taken (quantized/{name}_{bits}bits.onnx), else Concrete ML quantizes the float network. The last sigmoid stays
 with the client: the encrypted graph ends in the logit, whose sign is the decision. A network without neurons is not
-compiled but one packed product (fhe_mlp/packed.py). Costs are compared with default PTQ: n_bits only, ten rows of
-calibration, no rounding, the sigmoid encrypted as well.
+compiled; it runs as one packed product (fhe_mlp/packed.py). Costs are compared with default PTQ: n_bits only, ten rows
+of calibration, no rounding, the sigmoid encrypted as well.
 
 Each finished configuration and batch is in the database before the next starts; rerun the command to resume. Results of
 another network, data set, setting or version are kept apart in the same database.
@@ -80,16 +80,23 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     option = parser.add_argument
     option("--models", type=Path, nargs="+", help=".onnx files (default: the best of step 4)")
     option("--top", type=cli.positive_int, default=TOP, help="how many of the best networks")
-    option("--bits", type=int, nargs="+", choices=BITS, default=BITS, help="of weights and activations")
+    option("--bits", type=int, nargs="+", choices=BITS, default=BITS, help="of the weights")
     option("--batch-size", type=cli.positive_int, default=BATCH_SIZE, help="test rows a batch")
     option("--samples", type=cli.positive_int, default=SAMPLES, help="rows drawn from each batch")
     option("--batches", type=cli.positive_int, default=1, help="how many batches")
     option("--start-batch", type=cli.natural_int, default=0, help="number of the first batch, from 0")
-    option("--max-seconds", type=cli.positive_float, default=MAX_SECONDS, help="what takes more a sample is not run")
-    option("--max-loss", type=cli.positive_float, default=TOLERATED_LOSS, help="of validation accuracy, for less cost")
+    option(
+        "--max-seconds", type=cli.positive_float, default=MAX_SECONDS, help="a beat; slower configurations are not run"
+    )
+    option("--max-loss", type=cli.positive_float, default=TOLERATED_LOSS, help="validation accuracy given up for cost")
     option("--post-training", action="store_true", help="leave step 3's quantized networks aside, quantize here")
     option("--rounding-bits", type=int, choices=range(2, 9), default=ROUNDING_BITS, help="of networks quantized here")
-    option("--p-error", type=float, default=P_ERROR, help="of these: chance that one bootstrap is off by a step")
+    option(
+        "--p-error",
+        type=cli.number(float, 2.0**-60, cli.BELOW_ONE, "between 2^-60 and 1"),
+        default=P_ERROR,
+        help="of networks quantized here: chance that one bootstrap is off by a step",
+    )
     option("--reference", action="store_true", help="default PTQ: no rounding, p_error 2^-40, the sigmoid encrypted")
     option("--scheduler", type=scheduler_address, help="Dask's (tcp://HOST:8786), or local:N for N processes here")
     only = parser.add_mutually_exclusive_group().add_argument
@@ -98,8 +105,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     only("--report", action="store_true", help="write workbooks and pictures from the database, run nothing")
     only("--export", type=Path, metavar="DIR", help="write client and server for the best configuration")
     args = parser.parse_args(argv)
-    if not 2.0**-60 <= args.p_error < 1:
-        parser.error("--p-error must lie between 2^-60 and 1")
     given = parser.parse_args(argv, argparse.Namespace(p_error=None, rounding_bits=None))
     if args.reference and (given.p_error or given.rounding_bits or args.post_training):
         parser.error("--reference fixes what --p-error, --rounding-bits and --post-training would set")

@@ -1,12 +1,12 @@
-"""Turn the MIT-BIH Arrhythmia Database into a binary data set of 32 features a beat.
+r"""Turn the MIT-BIH Arrhythmia Database into a binary data set of 32 features a beat.
 
 Reads   WFDB records (.hea, .dat, .atr) from --records-dir; missing ones are downloaded from PhysioNet.
 Writes  to --data-dir: Arryth_MITBIH_{train,val,test}_{X,y}.npy (float32), beats.csv (which beat each row
         is) and dataset.json (recipe, counts, features, scaler, checksums).
 Run     python preprocess_mitbih.py
-        python preprocess_mitbih.py --features published --abnormal S V F --exclude-paced --per-class all
-                                                                                       (the published arrays)
-        python preprocess_mitbih.py --abnormal S V F --split inter-patient             (unseen patients)
+        python preprocess_mitbih.py --data-dir unseen --abnormal S V F --split inter-patient    (unseen patients)
+        python preprocess_mitbih.py --data-dir published --features published --abnormal S V F --exclude-paced \
+            --per-class all                                                                     (the published arrays)
 """
 
 from __future__ import annotations
@@ -240,13 +240,11 @@ def write_dataset(
             np.save(buffer, array)
             contents[array_name(split, kind)] = buffer.getvalue()
     counts = pd.crosstab(table["split"], table["aami"]).reindex(index=SPLITS, columns=list(AAMI_CLASSES), fill_value=0)
-    by_record = table.groupby(["split", "record", "aami"]).size()
     description = {
         "source": SOURCE,
         "licence": LICENCE,
         "recipe": recipe,
         "counts": {s: counts.loc[s].to_dict() for s in SPLITS},
-        "counts_by_record": {s: {" ".join(key): int(n) for key, n in by_record[s].items()} for s in SPLITS},
         "features": FEATURE_SETS[recipe["features"]][1],
         "scaler": scaler,
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import hashlib
 import json
+import math
 import os
 import platform
 import signal
@@ -29,6 +30,7 @@ INSTRUCTION_SETS = (
     "avx2",
     "avx512f",
 )  # flags of /proc/cpuinfo; without the second a bootstrap takes 3 to 4 times as long
+BELOW_ONE = math.nextafter(1, 0)
 PR_SET_PDEATHSIG = 1  # of prctl(2): which signal a process gets when its parent dies
 
 
@@ -48,6 +50,7 @@ def run(main: Callable[[], None], say: str = "finished files are whole, run it a
     """
     try:
         main()
+        sys.stdout.flush()
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
@@ -128,33 +131,26 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
-def natural_int(text: str) -> int:
-    """argparse type: a whole number from 0 to 2^32 - 1, what NumPy and TensorFlow take as a seed."""
-    if not (text.isdecimal() and int(text) < 2**32):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 4294967295")
-    return int(text)
+def number(kind: type[int] | type[float], low: float, high: float, what: str) -> Callable[[str], float]:
+    """argparse type: an int or float from `low` to `high`; `what` it must be is said of any other text."""
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+
+    return convert
 
 
-def positive_float(text: str) -> float:
-    """argparse type: a finite number above zero."""
-    try:
-        if 0 < float(text) < float("inf"):
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-
-
-def non_negative_float(text: str) -> float:
-    """argparse type: a finite number from zero."""
-    return 0.0 if text.strip() in ("0", "0.0") else positive_float(text)
-
-
-def positive_int(text: str) -> int:
-    """argparse type: a whole number above zero."""
-    if not (text.isdecimal() and 0 < int(text) < 2**31):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
+natural_int = number(
+    int, 0, 2**32 - 1, "a whole number from 0 to 4294967295"
+)  # what NumPy and TensorFlow take as a seed
+positive_int = number(int, 1, 2**31 - 1, "a positive whole number")
+positive_float = number(float, sys.float_info.min, sys.float_info.max, "a positive number")
 
 
 def unwritable(path: Path, error: OSError) -> InputError:
@@ -202,8 +198,12 @@ def digest(content: bytes | str) -> str:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file as a hexadecimal string."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """SHA-256 of a file, which may be larger than memory, as a hexadecimal string."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def machine_facts() -> dict[str, Any]:

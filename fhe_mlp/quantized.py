@@ -35,8 +35,8 @@ from fhe_mlp import ec57
 from fhe_mlp.cli import InputError, first_line
 from fhe_mlp.networks import claimed_bytes, open_h5
 
-BITS = (2, 3, 4, 5, 6, 7)  # of weights and activations, as published
-TOLERATED_LOSS = 0.01  # of validation accuracy: networks at most so much below the best are ranked by their cost
+BITS = (2, 3, 4, 5, 6, 7)  # of weights (and of activations after quantized ReLUs), as published
+TOLERATED_LOSS = 0.01  # of validation accuracy, given up for lower cost: below the baseline (step 3) or the best (5)
 SAME_COST = 0.01  # relative difference of complexity that nobody would notice
 ROUNDING_BITS = range(2, 9)  # that a network can have
 NOISE_DRAWS = 5  # of the noise of p_error, over which an accuracy is averaged

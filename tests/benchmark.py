@@ -1,11 +1,11 @@
 """What this pipeline gives against what else a user could pick, measured in one run on the same arrays.
 
 Measured are the configurations on the front of the last run of step 5, quantized ReLUs in place of their tables,
-default PTQ (the best float network of step 3 with n_bits only), Concrete ML's own models, linear networks on public
-maps of the features (no bootstrap; steps 1 to 5 make them with --expand) and an MLP with square activation under CKKS
-(TenSEAL). Accuracy is that of the quantized model on the whole test set; seconds are encrypted, one beat at a time,
-with all that the client does; where beats are packed, beats a second are given instead. Bytes are those of one beat,
-without keys. Rivals are trained on the draws and with the noise of step 1.
+default PTQ (the best float network of those kept by step 3, with n_bits only), Concrete ML's own models, linear
+networks on public maps of the features (no bootstrap; steps 1 to 5 make them with --expand) and an MLP with square
+activation under CKKS (TenSEAL). Accuracy is that of the quantized model on the whole test set; seconds are encrypted,
+one beat at a time, with all that the client does; where beats are packed, beats a second are given instead. Bytes are
+those of one beat, without keys. Rivals are trained on the draws and with the noise of step 1.
 
 Reads   what steps 1 to 5 wrote to --workdir, and the arrays in --data-dir
 Writes  its rows to fhe_results.sqlite in --workdir, and fhe_summary.xlsx (sheet "comparison") and fhe_frontier.png anew

@@ -1,6 +1,6 @@
 """Compare the decisions of client.py decrypt with a record's annotations: which beats were found, and decided rightly.
 
-    python tests/compare.py data/mitdb/233 demo/233 --minutes 5
+    python tests/compare.py data/mitdb/233 demo/client/233 --minutes 5
 
 reads 233.atr of the first folder and 233.fhe of the second. A beat is found if a decision lies within 150 ms of it.
 Abnormal are the classes S, V and F; beats of class Q are counted, but enter no figure.

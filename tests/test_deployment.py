@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 
 from fhe_mlp import circuit, deployment
 from fhe_mlp.arrays import apply_scaler
-from fhe_mlp.cli import InputError
+from fhe_mlp.cli import InputError, sha256
 from fhe_mlp.configuration import Setting, load_configuration, quantized_path
 from fhe_mlp.graphs import to_onnx
 from fhe_mlp.quantized import HiddenLayer, LastLayer, QuantizedNetwork, signed_bits
@@ -202,7 +202,7 @@ def test_a_payload_that_claims_more_bytes_than_it_has_never_gets_to_concrete(sid
     if word == 3:  # which only fills up the table of two segments
         assert len(list(boxes.read_box(tmp_path / "box.zip", "k")[1])) == 5
     else:
-        with pytest.raises(boxes.Refusal, match="a payload is not whole"):
+        with pytest.raises(boxes.InputError, match="a payload is not whole"):
             boxes.read_box(tmp_path / "box.zip", "k")
 
 
@@ -223,7 +223,7 @@ def lying_box(path, header, entries=(b"x",), compression=zipfile.ZIP_STORED, cla
 
 
 FAKE = """
-import os, signal, boxes, compute, server
+import os, signal, cli, compute, server
 append, appends, answers = server.append, {appends}, {answers}  # zero: the last thing a process does
 
 def live_or_die(left):
@@ -239,7 +239,7 @@ def echo(*arguments):
     return (arguments[-1],)
 
 server.append, compute.answer = append_counted, echo
-boxes.run(server.main)
+cli.run_and_leave(server.main, "")
 """
 ALWAYS = [1] * 9
 
@@ -270,7 +270,7 @@ def test_after_a_kill_of_server_or_process_only_the_beat_in_work_is_lost(sides, 
 
 
 PAUSED = """
-import os, signal, boxes, compute, server
+import os, signal, cli, compute, server
 
 def pause(*arguments):
     os.write(1, b"computing\\n")
@@ -278,7 +278,7 @@ def pause(*arguments):
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 compute.answer = pause
-boxes.run(server.main)
+cli.run_and_leave(server.main, "")
 """
 
 
@@ -370,7 +370,7 @@ def test_a_worker_of_another_version_and_a_scheduler_that_does_not_answer_are_re
             compute.load({**compute.versions(network), name: "0.1"}, network, b"")
     monkeypatch.setattr(server_side, "CONNECT_SECONDS", 1)
     for address in ("tcp://127.0.0.1:9", "nonsense"):
-        with pytest.raises(boxes.Refusal, match="python -m dask worker"):
+        with pytest.raises(boxes.InputError, match="python -m dask worker"):
             server_side.dask_workers(address, "a", b"")
 
 
@@ -443,7 +443,7 @@ HEADER = {"kind": "k", "version": boxes.BOX_VERSION, "model": "0", "key": "0", "
 def test_a_lying_box_is_refused_in_one_line_without_memory(tmp_path, lie):
     path = lying_box(tmp_path / "box.zip", **lie)
     tracemalloc.start()
-    with pytest.raises(boxes.Refusal) as refusal:
+    with pytest.raises(boxes.InputError) as refusal:
         boxes.read_box(path, "k")
     assert tracemalloc.get_traced_memory()[1] < 10**6
     tracemalloc.stop()
@@ -460,7 +460,7 @@ def test_a_box_is_read_as_written_or_refused(tmp_path, edits, end):
     (tmp_path / "box.zip").write_bytes(whole[: end or None])
     try:
         assert list(boxes.read_box(tmp_path / "box.zip", "k")[1]) == [message(b"first"), message(b"second")]
-    except boxes.Refusal as refusal:
+    except boxes.InputError as refusal:
         assert len(str(refusal).splitlines()) == 1
 
 
@@ -518,7 +518,7 @@ def test_a_beats_file_is_read_as_spreadsheets_and_programs_write_it(tmp_path, te
 )
 def test_what_a_beats_file_could_mean_in_two_ways_is_refused_with_its_place(tmp_path, text, where):
     (tmp_path / "beats.csv").write_text(text, newline="")
-    with pytest.raises(boxes.Refusal, match=re.escape(where)) as refusal:
+    with pytest.raises(boxes.InputError, match=re.escape(where)) as refusal:
         csvfiles.read_beats(tmp_path / "beats.csv", NAMES)
     assert str(refusal.value).startswith(str(tmp_path / "beats.csv"))
     assert len(str(refusal.value).splitlines()) == 1
@@ -527,7 +527,7 @@ def test_what_a_beats_file_could_mean_in_two_ways_is_refused_with_its_place(tmp_
 def test_a_long_cell_that_is_no_number_is_refused(tmp_path):
     """Of the longest that csv reads; a pattern that tries the digits in every way would not come to an end."""
     (tmp_path / "beats.csv").write_text(f"a,b,c\n1,2,{'1' * 130_000}x\n")
-    with pytest.raises(boxes.Refusal, match="column c"):
+    with pytest.raises(boxes.InputError, match="column c"):
         csvfiles.read_beats(tmp_path / "beats.csv", NAMES)
 
 
@@ -551,7 +551,7 @@ def test_no_way_of_writing_a_table_shifts_or_changes_a_number(tmp_path, values, 
         read = csvfiles.read_beats(tmp_path / "beats.csv", NAMES)
         np.testing.assert_array_equal(read, [[float(f"{value:.4f}") for value in row] for row in values])
         assert not row_names
-    except boxes.Refusal as refusal:
+    except boxes.InputError as refusal:
         assert row_names or (comma and separator == ",") or "\0" in comment, refusal
 
 
@@ -561,7 +561,7 @@ def test_any_bytes_are_a_table_of_finite_numbers_or_one_line(tmp_path, beats):
     (tmp_path / "beats.csv").write_bytes(beats)
     try:
         assert np.isfinite(csvfiles.read_beats(tmp_path / "beats.csv", NAMES)).all()
-    except boxes.Refusal as refusal:
+    except boxes.InputError as refusal:
         assert len(str(refusal).splitlines()) == 1
 
 
@@ -612,7 +612,7 @@ def test_a_file_that_another_program_wrote_is_not_replaced(tmp_path, monkeypatch
     for ending in answers.OURS:
         path = tmp_path / f"r{ending}"
         path.write_bytes(b"of another program")
-        with pytest.raises(boxes.Refusal, match=re.escape(f"r{ending}: is there and not an earlier output")):
+        with pytest.raises(boxes.InputError, match=re.escape(f"r{ending}: is there and not an earlier output")):
             answers.check_files(tmp_path, "r", "")
         path.unlink()
     monkeypatch.chdir(tmp_path)  # where decrypt writes by default
@@ -635,7 +635,7 @@ def test_the_export_describes_itself_and_overwrites_nothing(exported):
         **describe(32),
         "outputs": 2,
         "linear": None,
-        "model": boxes.sha256(deployed / "server" / "server.zip"),
+        "model": sha256(deployed / "server" / "server.zip"),
     }
     with (deployed / "client" / "example_beats.csv").open(newline="") as file:
         names, *raw = csv.reader(file)

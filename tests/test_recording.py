@@ -100,7 +100,7 @@ def test_an_empty_cell_of_a_table_is_missing_signal(tmp_path):
 )
 def test_a_table_of_leads_that_could_mean_something_else_is_refused(tmp_path, text, why):
     (tmp_path / "r.csv").write_text(text)
-    with pytest.raises(boxes.Refusal, match=why) as refusal:
+    with pytest.raises(boxes.InputError, match=why) as refusal:
         read(tmp_path / "r.csv", 360.0)
     assert len(str(refusal.value).splitlines()) == 1
 
@@ -116,14 +116,14 @@ def test_damaged_edf_files_are_refused_in_one_line(tmp_path):
     }
     for why, case in cases.items():
         path = write_edf(tmp_path / "r.edf", **case)
-        with pytest.raises(boxes.Refusal, match=why) as refusal:
+        with pytest.raises(boxes.InputError, match=why) as refusal:
             read(path)
         assert len(str(refusal.value).splitlines()) == 1
     whole = write_edf(tmp_path / "r.edf", **good).read_bytes()
     assert recording.read_signal(path, None)[0].shape == (3600, 2)
     for damaged in (b"", whole[:200], whole[:700], b"\xffBIOSEMI" + whole[8:], whole[:244] + b"nan     " + whole[252:]):
         path.write_bytes(damaged)
-        with pytest.raises(boxes.Refusal, match="cannot be read as a recording"):
+        with pytest.raises(boxes.InputError, match="cannot be read as a recording"):
             read(path)
 
 
@@ -182,7 +182,7 @@ def test_beats_in_a_gap_are_reported_as_not_classified(tmp_path):
 )
 def test_a_record_that_cannot_be_classified_is_one_line(tmp_path, what, why):
     make_record(tmp_path, "r", **what)
-    with pytest.raises(boxes.Refusal, match=why) as refusal:
+    with pytest.raises(boxes.InputError, match=why) as refusal:
         read(tmp_path / "r")
     assert len(str(refusal.value).splitlines()) == 1
     assert str(refusal.value).startswith(str(tmp_path / "r"))
@@ -205,15 +205,15 @@ def test_paced_beats_and_other_leads_give_a_warning(tmp_path, capsys):
 
 def test_other_features_and_damaged_records_are_refused(tmp_path):
     make_record(tmp_path, "r")
-    with pytest.raises(boxes.Refusal, match="does not take the features of records"):
+    with pytest.raises(boxes.InputError, match="does not take the features of records"):
         read(tmp_path / "r", model={"features": FEATURES[:5]})
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "r", annotator="qrs")
     (tmp_path / "r.atr").write_bytes((tmp_path / "r.atr").read_bytes()[:-1])
-    with pytest.raises(boxes.Refusal, match="lacks its end"):
+    with pytest.raises(boxes.InputError, match="lacks its end"):
         read(tmp_path / "r")
     (tmp_path / "r.dat").write_bytes(b"")
-    with pytest.raises(boxes.Refusal, match="cannot be read as a recording"):
+    with pytest.raises(boxes.InputError, match="cannot be read as a recording"):
         read(tmp_path / "r")
     assert recording.find(tmp_path / "nothing", None) is None
 

@@ -1,7 +1,7 @@
 """What a hospital and a server need to use one compiled network, written into a new folder.
 
-client.py, server.py, compute.py and boxes.py run there without this package; both sides get a copy of packing.py, the
-client also of the rooms that read records.
+client.py, server.py, compute.py and boxes.py run there without this package; both sides get a copy of cli.py and
+packing.py, the client also of the rooms that read records.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def export(module: QuantizedModule | PackedNetwork, model: dict[str, Any], X: np
             else:
                 packages += ("distributed",)
             (side / "requirements.txt").write_text("".join(f"{name}=={version(name)}\n" for name in packages))
-            for path in (HERE / "boxes.py", HERE.parent / "packing.py"):
+            for path in (HERE / "boxes.py", HERE.parent / "cli.py", HERE.parent / "packing.py"):
                 shutil.copy(path, side)
         for name in ("server.py", "compute.py"):
             shutil.copy(HERE / name, server)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from boxes import Refusal, check_output
+from boxes import check_output
+from cli import InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,15 +78,15 @@ def join(found: dict[str, Any], answers: Sequence[tuple[float, float, int]]) -> 
 
 
 def check_ours(path: Path, start: bytes) -> None:
-    """Raises Refusal where `path` is there and does not begin like what this program writes."""
+    """Raises InputError where `path` is there and does not begin like what this program writes."""
     if path.exists():
         with path.open("rb") as file:
             if not re.match(start, file.read(200), re.DOTALL):
-                raise Refusal(f"{path}: is there and not an earlier output of client.py; name another --output")
+                raise InputError(f"{path}: is there and not an earlier output of client.py; name another --output")
 
 
 def check_files(folder: Path, name: str, annotations: str) -> None:
-    """Raises Refusal where a file to be written holds the beats that were encrypted, or is another program's."""
+    """Raises InputError where a file to be written holds the beats that were encrypted, or is another program's."""
     if annotations:
         check_output(folder / f"{name}.fhe", [Path(annotations)])
     for ending, start in OURS.items():

@@ -1,4 +1,4 @@
-"""What client.py and server.py share: the files that travel between them, refusals, and the end of a command.
+"""The files that travel between client.py and server.py.
 
 A box is an uncompressed .zip: payloads.bin, in which each payload follows its length and CRC-32, and header.json with
 their count, what they are, which model and which keys they are for, and of which beats. A box comes from somebody else:
@@ -10,61 +10,40 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import json
 import os
 import re
 import struct
-import sys
-import traceback
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 import packing
+from cli import InputError, first_line
 
 BOX_VERSION = 2  # of the layout of a box
 PAYLOADS, HEADER = "payloads.bin", "header.json"  # the entries of the .zip
 FRAME = struct.Struct(">QI")  # length and CRC-32, before each payload
 NAMES = ("model", "key", "beats")  # in the header of a box; beats of evaluation keys: 0, for any
 HEADER_BYTES = 10_000  # of header.json at most; ours has about 150
-INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 Check = Callable[[bytes], bool]
 
 
-class Refusal(Exception):
-    """What was given cannot be used; the message names the file, what is wrong and what to do."""
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says in one line; its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, which may be larger than memory, as a hexadecimal string."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def same(what: str, path: Path, given: str, wanted: str, remedy: str) -> None:
-    """Raises Refusal unless both are the same."""
+    """Raises InputError unless both are the same."""
     if given != wanted:
-        raise Refusal(f"{path}: is for {what} {given}, here is {what} {wanted}; {remedy}")
+        raise InputError(f"{path}: is for {what} {given}, here is {what} {wanted}; {remedy}")
 
 
 def check_output(output: Path, inputs: Sequence[Path]) -> None:
-    """Raises Refusal when writing `output` would change one of `inputs`, files or folders."""
+    """Raises InputError when writing `output` would change one of `inputs`, files or folders."""
     target = output.resolve()
     for path in inputs:
         if path.resolve() in (target, *target.parents):
-            raise Refusal(f"{output}: writing it would overwrite {path}; name another --output")
+            raise InputError(f"{output}: writing it would overwrite {path}; name another --output")
 
 
 def framed(payload: bytes) -> bytes:
@@ -123,20 +102,20 @@ def write_box(path: Path, kind: str, names: Mapping[str, str], payloads: Iterabl
             box.writestr(HEADER, json.dumps(header))
         temporary.replace(path)
     except OSError as error:
-        raise Refusal(f"{path}: cannot be written ({error.strerror or first_line(error)})") from None
+        raise InputError(f"{path}: cannot be written ({error.strerror or first_line(error)})") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     print(f"wrote {path} ({kind}: {count}, {path.stat().st_size / 1e6:.2f} MB)")
 
 
-def damaged(path: Path, error: Exception) -> Refusal:
+def damaged(path: Path, error: Exception) -> InputError:
     """What to raise when a box cannot be read."""
-    return Refusal(f"{path}: is truncated or damaged ({first_line(error)}); have it sent again")
+    return InputError(f"{path}: is truncated or damaged ({first_line(error)}); have it sent again")
 
 
 def read_payloads(path: Path, is_whole: Check = is_message) -> Iterator[bytes]:
-    """The payloads of a box, one at a time. Raises Refusal where one is cut short, damaged or not whole."""
+    """The payloads of a box, one at a time. Raises InputError where one is cut short, damaged or not whole."""
     try:
         with zipfile.ZipFile(path) as box, box.open(PAYLOADS) as entry:
             size, end = box.getinfo(PAYLOADS).file_size, 0
@@ -156,7 +135,7 @@ def read_box(
 
     is_whole: of a payload, before a library sees it; those of Concrete are messages. model: that the box has to be for.
 
-    Raises Refusal for a damaged box or one of another kind, OSError for a file that cannot be opened.
+    Raises InputError for a damaged box or one of another kind, OSError for a file that cannot be opened.
     """
     with path.open("rb") as file:
         try:
@@ -181,34 +160,9 @@ def read_box(
             raise damaged(path, error) from None
     if found != (kind, BOX_VERSION):
         what = f"{str(found[0])[:40]!r}, version {str(found[1])[:10]!r}"
-        raise Refusal(f"{path}: holds {what}; wanted here are {kind!r}, version '{BOX_VERSION}'")
+        raise InputError(f"{path}: holds {what}; wanted here are {kind!r}, version '{BOX_VERSION}'")
     if model:  # before the payloads, whose form depends on it
         same("model", path, header["model"], model, "server.zip and client.zip must come from one export")
     if sum(1 for _ in read_payloads(path, is_whole)) != count:  # now, rather than after hours of computing
         raise damaged(path, ValueError("its header counts other payloads than there are"))
     return header, read_payloads(path, is_whole)
-
-
-def run(main: Callable[[], None]) -> NoReturn:
-    """Call `main` as a command: what cannot be used is one line and exit status 2.
-
-    Leaves by os._exit: Concrete's runtime, once it has started, would end the process with status 0 in any case.
-    """
-    name, status = Path(sys.argv[0]).name, 0
-    try:
-        main()
-        sys.stdout.flush()
-    except Refusal as refusal:
-        print(f"{name}: {refusal}", file=sys.stderr)
-        status = 2
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"{name}: {where}{error.strerror or first_line(error)}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; run the same command again", file=sys.stderr)
-        status = INTERRUPTED
-    except Exception:
-        traceback.print_exc()
-        status = 1
-    os._exit(status)

@@ -28,7 +28,8 @@ import expansion
 import numpy as np
 import packing
 import recording
-from boxes import Refusal, check_output, first_line, read_box, run, same, sha256, whole, write_box
+from boxes import check_output, read_box, same, whole, write_box
+from cli import InputError, first_line, positive_float, run_and_leave, sha256
 from csvfiles import read_beats
 
 HERE = Path(__file__).resolve().parent
@@ -41,18 +42,18 @@ FAR_SD = 10.0  # standard deviations from the training mean; a column with most 
 
 
 def read_model() -> dict[str, Any]:
-    """model.json of the export. Raises Refusal."""
+    """model.json of the export. Raises InputError."""
     try:
         model = json.loads(MODEL.read_text())
         if missing := NEEDED - model.keys():
             raise ValueError(f"it has no {min(missing)}; it may be of another version")
         return model
     except (OSError, ValueError, AttributeError) as error:
-        raise Refusal(f"{MODEL}: cannot be used ({first_line(error)}); restore it from the export") from None
+        raise InputError(f"{MODEL}: cannot be used ({first_line(error)}); restore it from the export") from None
 
 
 def load_client(model: dict[str, Any], keys: Path) -> Any:
-    """What encrypts and decrypts; it reads the keys in the folder `keys`, or makes them there. Raises Refusal."""
+    """What encrypts and decrypts; it reads the keys in the folder `keys`, or makes them there. Raises InputError."""
     try:
         if model["linear"]:
             client = packing.Client(model["linear"], keys)
@@ -62,14 +63,14 @@ def load_client(model: dict[str, Any], keys: Path) -> Any:
             client = FHEModelClient(str(HERE), str(keys))
         client.generate_private_and_evaluation_keys()
     except (OSError, ValueError, KeyError, RuntimeError, AssertionError, zipfile.BadZipFile) as error:
-        raise Refusal(f"{MODEL if model['linear'] else CLIENT}: cannot be used here ({first_line(error)})") from None
+        raise InputError(f"{MODEL if model['linear'] else CLIENT}: cannot be used here ({first_line(error)})") from None
     return client
 
 
 def make_keys(keys: Path, target: Path) -> None:
     """Make secret keys, readable by their owner only, and the evaluation keys for the server; both or nothing."""
     if keys.exists():
-        raise Refusal(f"{keys}: is there already; what was encrypted with it can only be decrypted with it")
+        raise InputError(f"{keys}: is there already; what was encrypted with it can only be decrypted with it")
     model = read_model()
     os.umask(0o077)
     keys.parent.mkdir(parents=True, exist_ok=True)
@@ -87,18 +88,18 @@ def make_keys(keys: Path, target: Path) -> None:
 def check_keys(keys: Path, model: str) -> str:
     """The name of the keys in the folder `keys`, which is no secret.
 
-    Raises Refusal where there are no keys, a file of them is damaged (Concrete ML would replace it by a new key), or
+    Raises InputError where there are no keys, a file of them is damaged (Concrete ML would replace it by a new key), or
     they are for another model.
     """
     try:
         about = json.loads((keys / "about.json").read_text())
         name, given, files = about["key"], about["model"], about["files"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise Refusal(f"{keys}: no complete keys here; make them with: python client.py keys") from None
+        raise InputError(f"{keys}: no complete keys here; make them with: python client.py keys") from None
     same("model", keys, given, model, "name its own keys with --keys")
     for file, digest in files:
         if not (keys / file).is_file() or sha256(keys / file) != digest:
-            raise Refusal(f"{keys / file}: is missing or damaged; restore the folder from a copy, or make new keys")
+            raise InputError(f"{keys / file}: is missing or damaged; restore the folder from a copy, or make new keys")
     return name
 
 
@@ -121,7 +122,7 @@ def scale(X: np.ndarray, model: dict[str, Any]) -> np.ndarray:
 def encrypt(
     keys: Path, path: Path, target: Path, fs: float | None, annotator: str | None, minutes: float | None
 ) -> None:
-    """Scale, quantize and encrypt each beat of a recording or of a .csv file. Raises Refusal.
+    """Scale, quantize and encrypt each beat of a recording or of a .csv file. Raises InputError.
 
     Of a recording, the beats' times are kept in a .json file beside `target`. fs, annotator, minutes: see recording.py.
     """
@@ -131,7 +132,7 @@ def encrypt(
     if source := recording.find(path, fs):
         X, found = recording.read_beats(source, fs, annotator, minutes, model)
     elif annotator or minutes:
-        raise Refusal(f"{path}: is no recording; --annotator and --minutes do not fit a table of features")
+        raise InputError(f"{path}: is no recording; --annotator and --minutes do not fit a table of features")
     else:
         X = read_beats(path, [feature["name"] for feature in model["features"]])
     X = scale(X, model)
@@ -146,7 +147,7 @@ def encrypt(
 
 
 def read_times(path: Path, given: Path | None, beats: str, count: int) -> dict[str, Any] | None:
-    """What encrypt kept of the record whose beats are answered; None for beats of a .csv file. Raises Refusal.
+    """What encrypt kept of the record whose beats are answered; None for beats of a .csv file. Raises InputError.
 
     given: the file that was asked for; without one, `path` is taken where it is of these beats.
     """
@@ -158,14 +159,14 @@ def read_times(path: Path, given: Path | None, beats: str, count: int) -> dict[s
         name, classified = found["beats"], sum(found["classified"])
         whole = len(found["classified"]) == len(found["samples"]) and found.keys() >= KEPT
     except (ValueError, KeyError, TypeError) as error:
-        raise Refusal(f"{path}: is damaged ({first_line(error)}); name the right file with --beats") from None
+        raise InputError(f"{path}: is damaged ({first_line(error)}); name the right file with --beats") from None
     if name != beats:
         if given:
-            raise Refusal(f"{path}: is of other beats than the answers")
+            raise InputError(f"{path}: is of other beats than the answers")
         print(f"warning: {path} is of other beats; name the right file with --beats", file=sys.stderr)
         return None
     if not whole or classified != count:
-        raise Refusal(f"{path}: is damaged or of another version; it holds {classified} beats for {count} answers")
+        raise InputError(f"{path}: is damaged or of another version; it holds {classified} beats for {count} answers")
     return found
 
 
@@ -176,14 +177,14 @@ def read_signal(found: dict[str, Any]) -> np.ndarray | None:
         if fs == found["fs"] and len(signal) > max(found["samples"]):
             return signal
         why = f"{found['path']}: has changed"
-    except (Refusal, OSError) as error:
+    except (InputError, OSError) as error:
         why = first_line(error)
     print(f"warning: {why}; the picture has no signal", file=sys.stderr)
     return None
 
 
 def decrypt(keys: Path, path: Path, folder: Path, given: Path | None) -> None:
-    """Decrypt the answers: of a recording into files of their own in `folder`, else onto stdout. Raises Refusal.
+    """Decrypt the answers: of a recording into files of their own in `folder`, else onto stdout. Raises InputError.
 
     given: the .json file that encrypt wrote, if it was named.
     """
@@ -194,7 +195,7 @@ def decrypt(keys: Path, path: Path, folder: Path, given: Path | None) -> None:
     same("key", path, header["key"], name, "it can only be decrypted with the keys it was encrypted with")
     count, rest = divmod(header["count"], model["outputs"])
     if rest:
-        raise Refusal(f"{path}: a part of an answer is missing; have it sent again")
+        raise InputError(f"{path}: a part of an answer is missing; have it sent again")
     found = read_times(Path("encrypted_beats.json"), given, header["beats"], count)
     if found:
         answers.check_files(folder, found["record"], found["annotations"])
@@ -204,7 +205,7 @@ def decrypt(keys: Path, path: Path, folder: Path, given: Path | None) -> None:
             outputs = client.deserialize_decrypt_dequantize(*parts)
             output = float(np.sum(outputs if isinstance(outputs, tuple) else (outputs,)))
         except (RuntimeError, ValueError, AssertionError) as error:
-            raise Refusal(f"{path}: holds no answer ({first_line(error)}); have it sent again") from None
+            raise InputError(f"{path}: holds no answer ({first_line(error)}); have it sent again") from None
         probability = output if model["output"] == "probability" else 1 / (1 + np.exp(-output))
         decided.append((output, probability, int(output > model["threshold"])))
     if found:
@@ -214,16 +215,6 @@ def decrypt(keys: Path, path: Path, folder: Path, given: Path | None) -> None:
         print(f"wrote {folder / beats.name}{{{','.join(answers.OURS)}}}")
     else:
         csv.writer(sys.stdout, lineterminator="\n").writerows([("output", "probability", "abnormal"), *decided])
-
-
-def positive(text: str) -> float:
-    """argparse type: a finite number above zero."""
-    try:
-        if 0 < float(text) < float("inf"):
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
 
 
 def main() -> None:
@@ -246,8 +237,8 @@ def main() -> None:
             what = f"ending of the file whose beats are taken, or {detector} to detect them (default: atr if there)"
             sub.add_argument("--annotator", metavar="NAME", help=what)
             what = "sampling rate in Hz; the file is then a .csv of two leads, named in its first line, as 'MLII (mV)'"
-            sub.add_argument("--fs", type=positive, help=what)
-            sub.add_argument("--minutes", type=positive, help="how much of the recording is taken (default: all)")
+            sub.add_argument("--fs", type=positive_float, help=what)
+            sub.add_argument("--minutes", type=positive_float, help="how much of the recording is taken (default: all)")
         if command == "decrypt":
             what = "the .json file that encrypt wrote for these beats (default: encrypted_beats.json)"
             sub.add_argument("--beats", type=Path, metavar="FILE", help=what)
@@ -264,4 +255,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_and_leave(main, "run the same command again")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from boxes import Refusal
+from cli import InputError
 
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)  # float() would also take 1_000, nan and inf
 GROUPED = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+", re.ASCII)  # 1,234: a thousand or a decimal, nobody can say
@@ -36,12 +36,12 @@ def decode(content: bytes) -> str:
 
 
 def split_rows(path: Path, text: str, separator: str) -> list[tuple[int, list[str]]]:
-    """Line number and cells of each row but of blank lines and of rows without content at the end. Raises Refusal."""
+    """Line number and cells of each row but of blank lines and of empty rows at the end. Raises InputError."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     try:
         rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
     except csv.Error as error:
-        raise Refusal(f"{path}, line {reader.line_num}: {error}; mend its quotation marks") from None
+        raise InputError(f"{path}, line {reader.line_num}: {error}; mend its quotation marks") from None
     while rows and not any(rows[-1][1]):
         rows.pop()
     return rows
@@ -53,29 +53,29 @@ def read_table(
     """The numbers (rows, columns) of a .csv file in the columns that `choose` picks by their names in the first row.
 
     known: whether a column of that name may be picked; what: the rows hold; gaps: an empty cell is NaN. Other columns
-    are not looked at. All rows may end in one separator more than the first one. Raises Refusal.
+    are not looked at. All rows may end in one separator more than the first one. Raises InputError.
     """
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise Refusal(f"{path}: is larger than {MAX_BYTES / 1e6:.0f} MB; give a shorter table, or a WFDB record")
+            raise InputError(f"{path}: is larger than {MAX_BYTES / 1e6:.0f} MB; give a shorter table, or a WFDB record")
         text = decode(path.read_bytes())
     except UnicodeDecodeError as error:
-        raise Refusal(f"{path}: is truncated or damaged ({error}); save it as .csv in UTF-8") from None
+        raise InputError(f"{path}: is truncated or damaged ({error}); save it as .csv in UTF-8") from None
     if "\0" in text:
-        raise Refusal(f"{path}: is not text; save it as .csv in UTF-8")
+        raise InputError(f"{path}: is not text; save it as .csv in UTF-8")
     first = next((line for line in io.StringIO(text, newline="") if line.strip()), "")
 
     separator = max(",;\t", key=lambda sign: sum(known(cell.strip(' "\r\n')) for cell in first.split(sign)))
     (_, names), *rows = split_rows(path, text, separator) or [(1, [])]
     order = choose(names)
     if not rows:
-        raise Refusal(f"{path}: holds no {what}, only names")
+        raise InputError(f"{path}: holds no {what}, only names")
     if len(names) - 1 in order and all(len(row) == len(names) + 1 and not row[-1] for _, row in rows):
         names.append("")  # had the rows a further cell in front instead, the last number would be missing in all
     for k, (line, row) in enumerate(rows):
         if len(row) != len(names):
             remedy = "give each value its own column, with a decimal point and no row names"
-            raise Refusal(f"{path}, line {line}: {len(row)} values for {len(names)} columns; {remedy}")
+            raise InputError(f"{path}, line {line}: {len(row)} values for {len(names)} columns; {remedy}")
         rows[k] = (line, [row[column] for column in order])
     with_commas = [cell for _, row in rows for cell in row if "," in cell]
     decimal_commas = not all(map(GROUPED.fullmatch, with_commas)) and not any("." in c for _, row in rows for c in row)
@@ -86,20 +86,22 @@ def read_table(
             X[k, j] = float(number) if NUMBER.fullmatch(number) else np.nan
             if not np.isfinite(X[k, j]) and (cell or not gaps):
                 why = f"{cell[:40]!r} is not a number written with a decimal point" if cell else "there is no value"
-                raise Refusal(f"{path}, line {line}, column {' '.join(names[order[j]].split())}: {why}")
+                raise InputError(f"{path}, line {line}, column {' '.join(names[order[j]].split())}: {why}")
     return X
 
 
 def read_beats(path: Path, features: Sequence[str]) -> np.ndarray:
     """Raw features (n, len(features)) of a .csv file whose first row names its columns, in any order.
 
-    Raises Refusal.
+    Raises InputError.
     """
 
     def choose(names: list[str]) -> list[int]:
         for feature in features:
             if (count := names.count(feature)) != 1:
-                raise Refusal(f"{path}: {count} columns are called {feature!r}; the first line needs each feature once")
+                raise InputError(
+                    f"{path}: {count} columns are called {feature!r}; the first line needs each feature once"
+                )
         return [names.index(feature) for feature in features]
 
     return read_table(path, features.__contains__, choose, "beats")
@@ -108,7 +110,7 @@ def read_beats(path: Path, features: Sequence[str]) -> np.ndarray:
 def read_leads(path: Path) -> tuple[np.ndarray, list[str]]:
     """Two leads of a .csv file in mV, (samples, 2) in choose_leads' order and NaN for empty cells, and their names.
 
-    Columns are named after leads, with a unit of voltage in parentheses or in mV. Raises Refusal.
+    Columns are named after leads, with a unit of voltage in parentheses or in mV. Raises InputError.
     """
     import records
     from records import LEADS, choose_leads, lead_name
@@ -125,7 +127,7 @@ def read_leads(path: Path) -> tuple[np.ndarray, list[str]]:
         leads = [k for k, column in enumerate(columns) if is_lead(column)]
         if len(leads) < 2:
             how = 'name them in the first line, such as "MLII (mV)"'
-            raise Refusal(f"{path}: {len(leads)} columns are ECG leads and two are needed; {how}")
+            raise InputError(f"{path}: {len(leads)} columns are ECG leads and two are needed; {how}")
         chosen[:] = [name_and_unit(columns[k]) for k in leads]
         order = choose_leads([name for name, _ in chosen])
         chosen[:] = [chosen[k] for k in order]

@@ -10,7 +10,7 @@ import csvfiles
 import ecg_features
 import numpy as np
 import records
-from boxes import Refusal, first_line
+from cli import InputError, first_line
 
 DETECTOR = "gqrs"  # --annotator that stands for wfdb's detector of R peaks
 PEAK_S, PEAK_BAND_HZ = (-0.05, 0.09), (5.0, 25.0)  # around its marks; where QRS complexes are strongest
@@ -34,7 +34,7 @@ def stem(path: Path, fs: float | None) -> Path:
 
 
 def read_signal(path: Path, fs: float | None) -> tuple[np.ndarray, float, list[str]]:
-    """Two leads in mV (samples, 2), sampling rate (Hz) and lead names of what `find` found. Raises Refusal."""
+    """Two leads in mV (samples, 2), sampling rate (Hz) and lead names of what `find` found. Raises InputError."""
     try:
         if fs is None:
             return records.read_signal(str(path))
@@ -42,11 +42,11 @@ def read_signal(path: Path, fs: float | None) -> tuple[np.ndarray, float, list[s
         signal, leads = csvfiles.read_leads(path)
         return signal, fs, leads
     except records.Unsuited as error:
-        raise Refusal(f"{path}: {error}") from None
-    except (Refusal, FileNotFoundError):
+        raise InputError(f"{path}: {error}") from None
+    except (InputError, FileNotFoundError):
         raise
     except Exception as error:  # wfdb and soundfile raise a dozen unrelated types on damaged files
-        raise Refusal(f"{path}: cannot be read as a recording ({first_line(error)})") from None
+        raise InputError(f"{path}: cannot be read as a recording ({first_line(error)})") from None
 
 
 def find_peaks(signal: np.ndarray, fs: float) -> np.ndarray:
@@ -72,11 +72,11 @@ def read_beats(
 
     fs: of a .csv file; annotator: the ending of the annotation file whose beats are taken, DETECTOR to have them found,
     or None for .atr where there is one, else the detector; minutes: how much of the recording is taken, None for all.
-    Warns on stderr of leads and beats that the network was not trained on. Raises Refusal.
+    Warns on stderr of leads and beats that the network was not trained on. Raises InputError.
     """
     ours, wanted = ([(f["name"], f["formula"]) for f in table] for table in (ecg_features.FEATURES, model["features"]))
     if ours != wanted:
-        raise Refusal(f"{path}: this model does not take the features of records; give a .csv file of its features")
+        raise InputError(f"{path}: this model does not take the features of records; give a .csv file of its features")
     signal, fs_signal, leads = read_signal(path, fs)
     signal = signal[: None if minutes is None else max(1, round(min(minutes * 60 * fs_signal, len(signal))))]
     annotator = annotator or ("atr" if Path(f"{stem(path, fs)}.atr").exists() else DETECTOR)
@@ -95,11 +95,11 @@ def read_beats(
                 print(f"warning: {path} has {what}", file=sys.stderr)
         X, index, dropped = ecg_features.beat_features(signal, fs_signal, beats, breaks)
     except (records.Unsuited, ValueError) as error:
-        raise Refusal(f"{path} ({annotator}): {error}; no beat can be classified") from None
+        raise InputError(f"{path} ({annotator}): {error}; no beat can be classified") from None
     except FileNotFoundError:
         raise
     except Exception as error:  # of damaged annotation files
-        raise Refusal(f"{path}: its .{annotator} cannot be read ({first_line(error)})") from None
+        raise InputError(f"{path}: its .{annotator} cannot be read ({first_line(error)})") from None
     if model.get("leads") and not records.are_expected(leads, model["leads"]):
         wanted = " and ".join(" or ".join(names) for names in model["leads"].values())
         got = " and ".join(name or "an unnamed one" for name in leads)

@@ -2,8 +2,8 @@
 
     python server.py encrypted_beats.zip evaluation_keys.zip      -> encrypted_answers.zip
 
-Both files come from the hospital's client.py; the answers go back to it. server.zip, boxes.py and compute.py lie beside
-this file. Each answer is kept at once in a .part file beside the output, which is deleted at the end: after an
+Both files come from the hospital's client.py; the answers go back to it. server.zip and all .py files of the export lie
+beside this file. Each answer is kept at once in a .part file beside the output, which is deleted at the end: after an
 interruption, the same command computes only what is missing.
 
 Beats are computed by a process a core, each with one thread: 4.0 beats a second of 20 neurons on two cores, where one
@@ -34,20 +34,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import compute
 import packing
-from boxes import (
-    NAMES,
-    Refusal,
-    check_output,
-    first_line,
-    framed,
-    read_box,
-    read_frames,
-    run,
-    same,
-    sha256,
-    whole,
-    write_box,
-)
+from boxes import NAMES, check_output, framed, read_box, read_frames, same, whole, write_box
+from cli import InputError, first_line, positive_int, run_and_leave, sha256
 
 SERVER = Path(__file__).resolve().with_name("server.zip")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -125,12 +113,12 @@ def start() -> None:
 
 
 def read_network() -> tuple[bytes, dict[str, Any] | None]:
-    """server.zip, and what it says of a network without bootstraps. Raises Refusal where it is damaged."""
+    """server.zip, and what it says of a network without bootstraps. Raises InputError where it is damaged."""
     content = SERVER.read_bytes()
     try:
         return content, packing.read_description(content)
     except (zipfile.BadZipFile, ValueError) as error:
-        raise Refusal(f"{SERVER}: cannot be used ({first_line(error)}); restore it from the export") from None
+        raise InputError(f"{SERVER}: cannot be used ({first_line(error)}); restore it from the export") from None
 
 
 def processes_here(count: int, name: str, keys: Path) -> Workers:
@@ -147,7 +135,7 @@ def processes_here(count: int, name: str, keys: Path) -> Workers:
 
 
 def dask_workers(address: str, name: str, keys: bytes) -> Workers:
-    """The workers of a Dask scheduler; network and keys, called `name`, are sent to each once. Raises Refusal."""
+    """The workers of a Dask scheduler; network and keys, called `name`, are sent to each once. Raises InputError."""
     import dask
 
     dask.config.set({"logging": {"distributed": "critical", "distributed.client": "critical"}})  # our lines say it
@@ -161,7 +149,7 @@ def dask_workers(address: str, name: str, keys: bytes) -> Workers:
     except (OSError, ValueError, TypeError, TimeoutError) as error:
         remedy = "start them with: python -m dask scheduler, and: python -m dask worker ADDRESS --nworkers -1"
         what = f"no scheduler with a worker answers ({first_line(error)})"
-        raise Refusal(f"--scheduler {address}: {what}; {remedy}") from None
+        raise InputError(f"--scheduler {address}: {what}; {remedy}") from None
     network, _ = read_network()
     sent = client.scatter([network, keys], broadcast=True, hash=False)
     fixed, pool = (name, compute.versions(network), *sent), client.get_executor(pure=False)
@@ -174,7 +162,7 @@ def dask_workers(address: str, name: str, keys: bytes) -> Workers:
 
 
 def computed(workers: Workers, beats: Iterator[tuple[int, bytes]]) -> Iterator[Answered]:
-    """Number and answer of each beat, as they are finished. Raises Refusal for a beat that cannot be computed with."""
+    """Number and answer of each beat, as they are finished. Raises InputError for one that cannot be computed with."""
     pending: dict[Future, int] = {}
     number = 0
     try:
@@ -188,9 +176,9 @@ def computed(workers: Workers, beats: Iterator[tuple[int, bytes]]) -> Iterator[A
                 number = pending.pop(future)
                 yield number, future.result()
     except workers.lost:
-        raise Refusal(workers.remedy) from None
+        raise InputError(workers.remedy) from None
     except (RuntimeError, ValueError, AssertionError, ImportError) as error:
-        raise Refusal(f"beat {number + 1} cannot be computed with these keys ({first_line(error)})") from None
+        raise InputError(f"beat {number + 1} cannot be computed with these keys ({first_line(error)})") from None
 
 
 def with_progress(finished: Iterator[Answered], done: int, count: int) -> Iterator[Answered]:
@@ -207,7 +195,7 @@ def with_progress(finished: Iterator[Answered], done: int, count: int) -> Iterat
 
 
 def classify(beats: Path, evaluation_keys: Path, target: Path, processes: int, scheduler: str | None) -> None:
-    """Run the network on each encrypted beat and write the encrypted answers, in the same order. Raises Refusal."""
+    """Run the network on each encrypted beat and write the encrypted answers, in the same order. Raises InputError."""
     _, linear = read_network()
     model = sha256(SERVER)
     header, payloads = read_box(beats, "encrypted beats", whole(linear, "encrypted beats"), model)
@@ -222,7 +210,7 @@ def classify(beats: Path, evaluation_keys: Path, target: Path, processes: int, s
         try:
             fcntl.lockf(part, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process; flock's would pass on to the others
         except OSError:
-            raise Refusal(f"{unfinished}: another process is computing these beats") from None
+            raise InputError(f"{unfinished}: another process is computing these beats") from None
         places = resume(part, json.dumps({**names, "count": count}).encode(), count)
         left = places.count(0)
         if left < count:
@@ -240,13 +228,6 @@ def classify(beats: Path, evaluation_keys: Path, target: Path, processes: int, s
         unfinished.unlink()
 
 
-def process_count(text: str) -> int:
-    """argparse type: a number of processes, at least one."""
-    if not (text.isdecimal() and 0 < int(text) <= 10_000):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to 10000")
-    return int(text)
-
-
 def main() -> None:
     """The command line."""
     if not os.environ.keys() & HUGE_PAGES:
@@ -257,7 +238,7 @@ def main() -> None:
     output = Path("encrypted_answers.zip")
     parser.add_argument("--output", type=Path, default=output, help=f"file to write (default: {output})")
     what = f"that compute beats, each with its own keys in memory (default: one a core, here {CORES})"
-    parser.add_argument("--processes", type=process_count, default=CORES, metavar="N", help=what)
+    parser.add_argument("--processes", type=positive_int, default=CORES, metavar="N", help=what)
     what = "of Dask (tcp://HOST:8786), whose workers compute the beats instead; only in a network you trust"
     parser.add_argument("--scheduler", metavar="ADDRESS", help=what)
     args = parser.parse_args()
@@ -266,4 +247,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_and_leave(main, "run the same command again")
