@@ -20,9 +20,11 @@ class PackedNetwork:
     def __init__(self, network: QuantizedNetwork) -> None:
         last = network.last
         self.network, self.keys = network, None
+        most = (2 ** (network.input_bits - 1) - 1) * int(np.abs(last.linear).sum())  # of a sum, whatever the row
         self.linear = {
             "input_bits": network.input_bits,
             "input_step": network.input_step,
+            "sum_bits": most.bit_length() + 1,
             "output_step": network.input_step * last.linear_scale,
             "offset": last.offset,
         }
@@ -33,12 +35,10 @@ class PackedNetwork:
         Complexity counts nothing else, so it is 0.
         """
         keys = self.key_bytes()
-        top = 2 ** (self.network.input_bits - 1) - 1
-        widest = top * int(np.abs(self.network.last.linear).sum())
         return {
             "pbs": 0,
             "complexity": 0.0,
-            "widest_integer_bits": widest.bit_length() + 1,
+            "widest_integer_bits": self.linear["sum_bits"],
             "evaluation_keys_MB": keys / 1e6,
             "security_bits": SECURITY_BITS,
         }

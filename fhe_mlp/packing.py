@@ -1,7 +1,7 @@
 """A network without neurons under FHE: all numbers of a beat in one ciphertext, times weights that the server knows.
 
-There is no bootstrap, so no circuit of Concrete: concrete_ml_extensions packs 2,048 numbers as the coefficients of one
-polynomial (GLWE) and extracts the one of the product that is the sum. Client and Server have the methods of Concrete
+There is no bootstrap, so no circuit of Concrete: concrete_ml_extensions packs 2,048 numbers each as the coefficients of
+a polynomial (GLWE) and extracts the one of the products that is the sum. Client and Server have the methods of Concrete
 ML's FHEModelClient and FHEModelServer that are used here.
 """
 
@@ -20,14 +20,24 @@ LIBRARY = "concrete-ml-extensions"  # as it is installed
 KINDS = ("evaluation keys", "encrypted beats", "encrypted answers")  # of what travels, as boxes name it
 SECRET_KEY = "secret_key"  # file in the folder of keys
 DESCRIPTION = "linear.json"  # entry of server.zip
+# In place of the library's values; its dimensions and noise, on which security rests, stay. One level of 24 bits in the
+# key switch takes half the time and half the keys of two of 14 bits. Numbers of a beat and of an answer are stored in
+# as few bits as leave their noise at a hundredth of a logit; docs/METHOD.md has what each gives.
+PARAMETERS = {
+    "packing_ks_level": 1,
+    "packing_ks_base_log": 24,
+    "input_storage_ciphertext_modulus": 25,
+    "output_storage_ciphertext_modulus": 21,
+}
 SAMPLES = 8  # of beats and answers under each of two keys, that show which words of theirs never change
 
 
 def parameters(**other: int) -> Any:
-    """The library's own, which have 128 bits of security and 27 bits for a sum, but for `other` values."""
+    """The library's own, which have 128 bits of security, but for PARAMETERS and `other` values."""
     import concrete_ml_extensions as glwe
 
-    return glwe.MatmulCryptoParameters.deserialize(json.dumps({**json.loads(glwe.default_params()), **other}))
+    chosen = {**json.loads(glwe.default_params()), **PARAMETERS, **other}
+    return glwe.MatmulCryptoParameters.deserialize(json.dumps(chosen))
 
 
 def secret_key_type() -> type:
@@ -42,7 +52,8 @@ class Client:
     """Encrypts and decrypts. linear: of model.json; keys: folder of the secret key, None for keys in memory only."""
 
     def __init__(self, linear: Mapping[str, Any], keys: Path | None) -> None:
-        self.linear, self.keys, self.parameters = linear, keys, parameters()
+        self.linear, self.keys = linear, keys
+        self.parameters = parameters(bits_reserved_for_computation=linear["sum_bits"])
         self.secret_key = self.evaluation_keys = None
 
     def generate_private_and_evaluation_keys(self) -> None:
@@ -112,7 +123,8 @@ def archive(weights: Sequence[int], **more: Any) -> bytes:
 def describe(weights: Sequence[int], linear: Mapping[str, Any]) -> tuple[dict[str, Any], bytes]:
     """What a network is to its client, the "linear" of model.json, and to its server, the content of server.zip.
 
-    linear: input_bits, input_step, output_step (of a sum, in logits) and offset. Both learn the layout of what travels.
+    linear: input_bits, input_step, sum_bits (into which every sum fits), output_step (of a sum, in logits) and offset.
+    Both learn the layout of what travels.
     """
     server, samples = Server(archive(weights)), {kind: [] for kind in KINDS}
     for _ in range(2):
