@@ -239,7 +239,7 @@ def echo(*arguments):
     return (arguments[-1],)
 
 server.append, compute.answer = append_counted, echo
-cli.run_and_leave(server.main, "")
+cli.run_and_leave(server.main, "run the same command again")
 """
 ALWAYS = [1] * 9
 
@@ -278,7 +278,7 @@ def pause(*arguments):
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 compute.answer = pause
-cli.run_and_leave(server.main, "")
+cli.run_and_leave(server.main, "run the same command again")
 """
 
 
