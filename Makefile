@@ -1,7 +1,7 @@
 # make             set up .venv and run steps 1 to 5 on the shipped data; a step reruns when what it depends on changed
 # make patients    the same for patients that training has not seen, in patients/ and beside the results of make; needs
 #                  the records (downloads them like make data, or: make patients MITDB_DIR=folder)
-# make packed      the same as make without a bootstrap, in packed/: a linear network on 4,096 cosines of the features
+# make packed      the same as make without a bootstrap, in packed/: a linear network on 2,048 cosines of the features
 # make patients-packed  the same as make packed for unseen patients, in patients/packed/ (after make patients, which it runs)
 # make demo        five minutes of record 233 from encryption to a picture, in demo/, by a network that has seen nothing of
 #                  it, and what its annotations say (after make patients, which it runs; docs/DEPLOYMENT.md); with
@@ -25,7 +25,7 @@ INSTALL := $(RUN) -m pip install --disable-pip-version-check --constraint constr
 # of steps 1 and 3; BESIDE is a folder whose results step 5 shows beside those in P.
 P :=
 DATA := data
-PACKED := EXPAND=fourier:4096 RATES=100
+PACKED := EXPAND=fourier:2048 RATES=100
 OPTIONS := $(if $P,--data-dir $(DATA) --workdir $P)
 ARRAYS := $(if $(filter data,$(DATA)),$(wildcard data/*.npy)) $(DATA)/dataset.json
 RECORDS := $(if $(MITDB_DIR),--records-dir $(MITDB_DIR) --no-download)
