@@ -96,7 +96,7 @@ def plot_steps(tables: Sequence[pd.DataFrame], path: Path) -> None:
     """Balanced accuracy along the steps, float and quantized (of each network that of the most bits)."""
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(10, 5))
+    figure, axis = plt.subplots(figsize=(12, 5))  # so that the names of the steps stand apart
     for number, table in enumerate(tables):
         table = table.assign(float=table["network"].str.replace(", . bits", "", regex=True))
         series = {"float": table[table["step"] < 5]}
