@@ -93,9 +93,7 @@ ACTIVATIONS = ("table", "relu")  # what a quantized neuron computes: what it lea
 TABLES = 26  # neurons from which networks of tables start; 40 are no better at any number of neurons
 QUANTIZATION_EPOCHS = 30  # of quantization-aware training, for each rate; 60 gain nothing
 ROUNDING_BITS = 6  # of an accumulator that its bootstrap sees; at the same cost, 5 are 0.1 points worse, 4 more
-P_ERROR = (
-    2.0**-6
-)  # chance that one bootstrap is off by a step; 2^-13 costs three times as much and gains up to 0.2 points
+P_ERROR = 2.0**-6  # chance that one bootstrap is off by a step; 2^-13 costs three times as much for up to 0.2 points
 TRIALS = 3  # trainings of each number of bits, side by side
 KEEP = 10  # networks that are saved
 QUANTIZED_ACCURACIES = [

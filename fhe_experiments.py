@@ -85,18 +85,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     option("--samples", type=cli.positive_int, default=SAMPLES, help="rows drawn from each batch")
     option("--batches", type=cli.positive_int, default=1, help="how many batches")
     option("--start-batch", type=cli.natural_int, default=0, help="number of the first batch, from 0")
-    option(
-        "--max-seconds", type=cli.positive_float, default=MAX_SECONDS, help="a beat; slower configurations are not run"
-    )
+    option("--max-seconds", type=cli.positive_float, default=MAX_SECONDS, help="a beat; what is slower is not run")
     option("--max-loss", type=cli.positive_float, default=TOLERATED_LOSS, help="validation accuracy given up for cost")
     option("--post-training", action="store_true", help="leave step 3's quantized networks aside, quantize here")
     option("--rounding-bits", type=int, choices=range(2, 9), default=ROUNDING_BITS, help="of networks quantized here")
-    option(
-        "--p-error",
-        type=cli.number(float, 2.0**-60, cli.BELOW_ONE, "between 2^-60 and 1"),
-        default=P_ERROR,
-        help="of networks quantized here: chance that one bootstrap is off by a step",
-    )
+    chance = cli.number(float, 2.0**-60, cli.BELOW_ONE, "between 2^-60 and 1")
+    option("--p-error", type=chance, default=P_ERROR, help="of networks quantized here: that one bootstrap is off")
     option("--reference", action="store_true", help="default PTQ: no rounding, p_error 2^-40, the sigmoid encrypted")
     option("--scheduler", type=scheduler_address, help="Dask's (tcp://HOST:8786), or local:N for N processes here")
     only = parser.add_mutually_exclusive_group().add_argument

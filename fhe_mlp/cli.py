@@ -136,7 +136,7 @@ def number(kind: type[int] | type[float], low: float, high: float, what: str) ->
 
     def convert(text: str) -> float:
         try:
-            value = kind(text)
+            value = kind(text) if kind is float or text.isdecimal() else math.nan  # int takes 1_000 too
         except ValueError:
             value = math.nan
         if not low <= value <= high:
@@ -146,9 +146,7 @@ def number(kind: type[int] | type[float], low: float, high: float, what: str) ->
     return convert
 
 
-natural_int = number(
-    int, 0, 2**32 - 1, "a whole number from 0 to 4294967295"
-)  # what NumPy and TensorFlow take as a seed
+natural_int = number(int, 0, 2**32 - 1, "a whole number from 0 to 4294967295")  # seeds of NumPy and TensorFlow
 positive_int = number(int, 1, 2**31 - 1, "a positive whole number")
 positive_float = number(float, sys.float_info.min, sys.float_info.max, "a positive number")
 

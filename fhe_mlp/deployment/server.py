@@ -35,7 +35,7 @@ from typing import Any, BinaryIO, NamedTuple
 import compute
 import packing
 from boxes import NAMES, check_output, framed, read_box, read_frames, same, whole, write_box
-from cli import InputError, first_line, positive_int, run_and_leave, sha256
+from cli import InputError, first_line, number, run_and_leave, sha256
 
 SERVER = Path(__file__).resolve().with_name("server.zip")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -238,7 +238,8 @@ def main() -> None:
     output = Path("encrypted_answers.zip")
     parser.add_argument("--output", type=Path, default=output, help=f"file to write (default: {output})")
     what = f"that compute beats, each with its own keys in memory (default: one a core, here {CORES})"
-    parser.add_argument("--processes", type=positive_int, default=CORES, metavar="N", help=what)
+    processes = number(int, 1, 10_000, "a whole number from 1 to 10000")
+    parser.add_argument("--processes", type=processes, default=CORES, metavar="N", help=what)
     what = "of Dask (tcp://HOST:8786), whose workers compute the beats instead; only in a network you trust"
     parser.add_argument("--scheduler", metavar="ADDRESS", help=what)
     args = parser.parse_args()
