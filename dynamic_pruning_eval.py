@@ -73,6 +73,7 @@ from fhe_mlp.networks import (
     public_map,
     shift_logit,
     start_tensorflow,
+    stream,
     training_draws,
 )
 from fhe_mlp.neuron_removal import revive, share_neurons, shrink
@@ -269,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--rates must rise and lie between 0 and 100")
     check_writable(args.workdir)
     data = load_arrays(args.data_dir, public_map(args.workdir))
-    start_tensorflow(args.seed)
+    tf_keras = start_tensorflow(args.seed)
     features = data["train"][0].shape[1]
     start = load_mlp(args.workdir / "tf_pruned_model.h5", "python TF_pruning.py", features)
     baseline = load_mlp(args.workdir / "MLP_model_0.h5", "python MLP_model_0.py", features)
@@ -282,7 +283,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     probability, noise, shift = training_probability(beats), input_noise(start), logit_shift(args.workdir)
     layers = dense_layers(start)
     full = [len(bias) for _, bias in layers[:-1]]
-    rng = np.random.default_rng(args.seed)
 
     history = [(full, layers)]  # widths by layer of step 2's network, 0 for one that is gone, and the network
     models, rows = {}, []
@@ -296,9 +296,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             models[rate] = build(fit_linear(data, probability, noise, args.seed, penalties), noise)
             shift_logit(models[rate], shift)
         elif args.fine_tune_epochs:
-            models[rate] = build(revive(layers, rng), noise)
+            tf_keras.utils.set_random_seed(own := stream(args.seed, rate))
+            models[rate] = build(revive(layers, np.random.default_rng(own)), noise)
             shift_logit(models[rate], -shift)  # labels know nothing of a chosen threshold
-            fine_tune(models[rate], data["train"], probability, args.fine_tune_epochs, args.seed + rate)
+            fine_tune(models[rate], data["train"], probability, args.fine_tune_epochs, own)
             shift_logit(models[rate], shift)
         else:
             models[rate] = build(layers, noise)
@@ -316,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             found = quantize_relu(networks, form, lesson, goal - args.max_loss, KEEP)
         else:
             one_layer = [min(TABLES, full[0]), *[0] * (len(full) - 1)]
-            widest = revive(shrink(history[0][1], one_layer, data["train"][0]), rng)
+            widest = revive(shrink(history[0][1], one_layer, data["train"][0]), np.random.default_rng(args.seed))
             found = quantize_tables(networks, widest, form, lesson)
     for row in rows:
         if row["rate_percent"] in found:

@@ -14,7 +14,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from fhe_mlp.arrays import Arrays, Rows, patients, unseen_patients
-from fhe_mlp.networks import Layers, balanced_accuracy, build
+from fhe_mlp.networks import Layers, balanced_accuracy, build, stream
 from fhe_mlp.qat import Ensemble, ReluEnsemble
 from fhe_mlp.quantized import SAME_COST, QuantizedNetwork
 from fhe_mlp.tables import LinearEnsemble, TableEnsemble
@@ -94,21 +94,22 @@ class Lesson:
     epochs: int
     seed: int
 
-    def train(self, ensemble: Ensemble, title: str) -> pd.DataFrame:
-        """Train the ensemble and return its members as `candidates`."""
+    def train(self, ensemble: Ensemble, rate: int, title: str) -> pd.DataFrame:
+        """Train the ensemble, with the random numbers of its rate, and return its members as `candidates`."""
+        seed = stream(self.seed, rate)
         with tqdm(total=self.epochs, desc=title, unit="epoch") as bar:
-            ensemble.train(self.data, self.targets, self.probability, self.noise, self.epochs, self.seed, bar)
+            ensemble.train(self.data, self.targets, self.probability, self.noise, self.epochs, seed, bar)
         return candidates(ensemble.networks(self.data["train"][0]), self.data)
 
 
-def quantize_linear(layers: Layers, form: dict[str, Any], lesson: Lesson, title: str) -> pd.DataFrame:
+def quantize_linear(layers: Layers, form: dict[str, Any], lesson: Lesson, rate: int, title: str) -> pd.DataFrame:
     """`candidates` from the float network `layers` without hidden layers, of each number of bits two.
 
     Trial 0 is the network rounded, which can be enough; trial 1 is trained after that.
     """
     ensemble = LinearEnsemble(layers, **{**form, "bits": sorted(set(form["bits"]))})
     rounded = ensemble.networks(lesson.data["train"][0])
-    trained = lesson.train(ensemble, title)["network"]
+    trained = lesson.train(ensemble, rate, title)["network"]
     return candidates([*rounded, *trained], lesson.data)
 
 
@@ -120,9 +121,9 @@ def quantize_relu(
     for rate in sorted(networks, reverse=True):
         title = f"{rate} % removed, quantized"
         if len(networks[rate]) > 1:
-            found[rate] = lesson.train(ReluEnsemble(networks[rate], **form), title)
+            found[rate] = lesson.train(ReluEnsemble(networks[rate], **form), rate, title)
         else:
-            found[rate] = quantize_linear(networks[rate], form, lesson, title)
+            found[rate] = quantize_linear(networks[rate], form, lesson, rate, title)
         if sum(one[RANKING].max() >= least for one in found.values()) == enough:
             break
     return found
@@ -137,14 +138,14 @@ def quantize_tables(networks: dict[int, Layers], start: Layers, form: dict[str, 
     ensemble, found = TableEnsemble(start, **form), {}
     widths = {rate: sum(len(bias) for _, bias in layers[:-1]) for rate, layers in sorted(networks.items())}
     if any(0 < width <= ensemble.neurons for width in widths.values()):
-        lesson.train(ensemble, f"{ensemble.neurons} tables")
+        lesson.train(ensemble, 0, f"{ensemble.neurons} tables")
     rows = np.random.default_rng(lesson.seed).choice(len(lesson.targets), REMOVAL_ROWS, p=lesson.probability)
     for rate, width in widths.items():
         if not width:
-            found[rate] = quantize_linear(networks[rate], form, lesson, f"{rate} % removed, linear")
+            found[rate] = quantize_linear(networks[rate], form, lesson, rate, f"{rate} % removed, linear")
         elif width <= ensemble.neurons:
             ensemble.remove(width, lesson.data["train"][0][rows])
-            found[rate] = lesson.train(ensemble, f"{rate} % removed, {width} tables")
+            found[rate] = lesson.train(ensemble, rate, f"{rate} % removed, {width} tables")
     return found
 
 

@@ -36,6 +36,11 @@ HEAP = re.compile(rb"GCOL\x01...(.{8})", re.DOTALL)  # start of a global heap of
 MOST_NEURONS = 4096  # a layer, inputs too; more in a file are a damaged number
 
 
+def stream(seed: int, rate: int) -> int:
+    """Seed of the random numbers of one rate, which share no draw with those of another rate or seed."""
+    return int(np.random.SeedSequence([seed, rate]).generate_state(1)[0])
+
+
 @contextlib.contextmanager
 def quiet_tensorflow() -> Iterator[None]:
     """Drop TensorFlow's start-up messages; what else its C++ side writes to stderr is shown when the block ends."""

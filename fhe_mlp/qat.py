@@ -25,6 +25,7 @@ LAST_INPUT_BITS = 4  # ones are expensive; and of the activations that go into i
 BATCH_SIZE = 128  # beats a gradient step
 LOSS_POWER = 0.4  # of generalized_cross_entropy; docs/METHOD.md has what was tried
 ROOM = 0.6  # steps that the range penalty keeps free at both ends of the accumulator's range
+Noise = Callable[[Any], Any] | None  # what draws the noise of accumulators for a shape; None: no noise
 
 
 def straight_through(x: tf.Tensor, rounded: tf.Tensor) -> tf.Tensor:
@@ -85,10 +86,10 @@ class Ensemble:
         """All that is trained, each with the leading axis (members,)."""
         raise NotImplementedError
 
-    def forward(self, X: Any, noise: float = 0.0) -> tuple[tf.Tensor, tf.Tensor]:
+    def forward(self, X: Any, noise: Noise = None) -> tuple[tf.Tensor, tf.Tensor]:
         """Logits (members, n) of rows X (n, features), and what is added to the loss (members,).
 
-        noise: standard deviation, in rounding steps, of what is added to each accumulator.
+        noise: draws, for a shape, what is added to each accumulator, in rounding steps; None: nothing.
         """
         raise NotImplementedError
 
@@ -106,7 +107,7 @@ class Ensemble:
         top = largest_integer(self.input_bits)
         return tf.clip_by_value(tf.round(tf.cast(X, self.dtype)[None] / self.input_step), -top, top)
 
-    def rounded(self, accumulator: tf.Tensor, range_bits: np.ndarray, noise: float) -> tuple[tf.Tensor, tf.Tensor]:
+    def rounded(self, accumulator: tf.Tensor, range_bits: np.ndarray, noise: Noise) -> tuple[tf.Tensor, tf.Tensor]:
         """The accumulators (members, n, neurons) in rounding units, with noise but not yet rounded, and a penalty
         (members,) on those that reach the minimum or maximum of their range of `range_bits` (members, 1, 1)."""
         import tensorflow as tf
@@ -115,7 +116,7 @@ class Ensemble:
         reach = tf.reduce_max(tf.abs(steps), axis=1, keepdims=True) / self.half
         penalty = tf.reduce_mean(tf.nn.relu(reach - (1 - ROOM / self.half)), axis=(1, 2))
         if noise:
-            steps += noise * tf.random.normal(tf.shape(steps), dtype=self.dtype)
+            steps += noise(tf.shape(steps))
         return steps, penalty
 
     def unit(self, range_bits: np.ndarray) -> np.ndarray:
@@ -161,14 +162,17 @@ class Ensemble:
         optimizer = tf_keras.optimizers.Adam(rate)
         optimizer.build(variables)
         rows, wanted = tf.constant(X, self.dtype), tf.constant(targets, self.dtype)
-        rounding_noise, rng = noise_steps(self.p_error), np.random.default_rng(seed)
+        rng, generator = np.random.default_rng(seed), tf.random.Generator.from_seed(seed, alg="philox")
+
+        def rounding_noise(shape: tf.Tensor) -> tf.Tensor:
+            return noise_steps(self.p_error) * generator.normal(shape, dtype=self.dtype)
 
         @tf.function
         def epoch(order: tf.Tensor) -> None:
             for number in tf.range(steps):
                 chosen = order[number * BATCH_SIZE : (number + 1) * BATCH_SIZE]
                 batch = tf.gather(rows, chosen)
-                batch += noise * tf.random.normal(tf.shape(batch), dtype=self.dtype)
+                batch += noise * generator.normal(tf.shape(batch), dtype=self.dtype)
                 with tf.GradientTape() as tape:
                     logits, penalty = self.forward(batch, rounding_noise)
                     labels = tf.broadcast_to(tf.gather(wanted, chosen), tf.shape(logits))
@@ -238,7 +242,7 @@ class ReluEnsemble(Ensemble):
         """As Ensemble's."""
         return [variable for group in self.parts.values() for variable in group]
 
-    def forward(self, X: Any, noise: float = 0.0) -> tuple[tf.Tensor, tf.Tensor]:
+    def forward(self, X: Any, noise: Noise = None) -> tuple[tf.Tensor, tf.Tensor]:
         """As Ensemble's."""
         import tensorflow as tf
 

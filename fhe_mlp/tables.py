@@ -18,7 +18,7 @@ from scipy import special
 
 from fhe_mlp.networks import Layers
 from fhe_mlp.neuron_removal import replace_neurons
-from fhe_mlp.qat import ROOM, Ensemble, best_scale, hidden_layer, integers, largest_integer, straight_through
+from fhe_mlp.qat import ROOM, Ensemble, Noise, best_scale, hidden_layer, integers, largest_integer, straight_through
 from fhe_mlp.quantized import HiddenLayer, LastLayer, QuantizedNetwork
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class LinearEnsemble(Ensemble):
         logits = x @ straight_through(weights, tf.round(weights)) * self.input_step * scale
         return (logits + parts["offset"])[..., 0]
 
-    def forward(self, X: Any, noise: float = 0.0) -> tuple[tf.Tensor, tf.Tensor]:
+    def forward(self, X: Any, noise: Noise = None) -> tuple[tf.Tensor, tf.Tensor]:
         """As Ensemble's."""
         import tensorflow as tf
 
@@ -127,7 +127,7 @@ class TableEnsemble(LinearEnsemble):
         """Of each member."""
         return self.parts["kernel"].shape[2]
 
-    def outputs(self, x: tf.Tensor, noise: float = 0.0) -> tuple[tf.Tensor, tf.Tensor]:
+    def outputs(self, x: tf.Tensor, noise: Noise = None) -> tuple[tf.Tensor, tf.Tensor]:
         """What the tables give (members, n, neurons), in logits, for the inputs x, and the range penalty (members,)."""
         import tensorflow as tf
 
@@ -147,7 +147,7 @@ class TableEnsemble(LinearEnsemble):
         entry = SUM_STEP * tf.round(tf.clip_by_value(tf.where(share >= 0.5, high, low), -MOST, MOST) / SUM_STEP)
         return straight_through(low + share * (high - low), entry), penalty
 
-    def forward(self, X: Any, noise: float = 0.0) -> tuple[tf.Tensor, tf.Tensor]:
+    def forward(self, X: Any, noise: Noise = None) -> tuple[tf.Tensor, tf.Tensor]:
         """As Ensemble's."""
         import tensorflow as tf
 

@@ -168,7 +168,7 @@ def quantized_relus(workdir: Path, experiment: step5.Experiment, data: Row, spee
     X, name = data["train"][0], f"{widths[nearest]} ReLU neurons, {RELU_FORM['bits'][0]} bits"
     form = (data["teacher"], data["probability"], data["noise"], step3.QUANTIZATION_EPOCHS, seed)
     found = candidates.Lesson(experiment.data, *form).train(
-        ReluEnsemble(networks.dense_layers(kept[nearest]), **RELU_FORM, X=X), name
+        ReluEnsemble(networks.dense_layers(kept[nearest]), **RELU_FORM, X=X), 0, name
     )
     network = found.loc[found["chosen"], "network"].item()
     graph = encrypted_part(to_onnx(network, step4.OPSET)).SerializeToString()
@@ -256,7 +256,7 @@ def packed_linear(data: Row, seed: int) -> Iterator[Row]:
         form = {"bits": BITS[-1:], "rounding_bits": step3.ROUNDING_BITS, "p_error": step3.P_ERROR}
         epochs = step3.QUANTIZATION_EPOCHS
         lesson = candidates.Lesson(mapped, data["teacher"], data["probability"], data["noise"], epochs, seed)
-        found = candidates.quantize_linear(layers, {**form, "X": mapped["train"][0]}, lesson, spec)
+        found = candidates.quantize_linear(layers, {**form, "X": mapped["train"][0]}, lesson, 100, spec)
         best = found[found["chosen"]].iloc[0]
         module = PackedNetwork(best["network"])
         keygen_time = circuit.make_keys(module)

@@ -470,7 +470,7 @@ def test_a_linear_network_is_rounded_or_trained_whichever_is_better_on_validatio
     layers = candidates.fit_linear(data, even, 0.0, 0)
     form = {"bits": [2, 2, 7, 7], "rounding_bits": 5, "p_error": 2.0**-6, "X": data["train"][0]}
     found = candidates.quantize_linear(
-        layers, form, candidates.Lesson(data, data["train"][1], even, 0.0, 2, 0), "linear"
+        layers, form, candidates.Lesson(data, data["train"][1], even, 0.0, 2, 0), 100, "linear"
     )
     assert list(zip(found["bits"], found["trial"])) == [(2, 0), (2, 1), (7, 0), (7, 1)]
     assert found["chosen"].sum() == 2 and (found["pbs"] == 0).all()
