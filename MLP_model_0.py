@@ -16,55 +16,21 @@ Run     python MLP_model_0.py
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from fhe_mlp import ec57
-from fhe_mlp.arrays import (
-    Arrays,
-    Rows,
-    draw_probability,
-    load_arrays,
-    patients,
-    rows_of,
-    training_probability,
-    unseen_patients,
-)
-from fhe_mlp.cli import (
-    BELOW_ONE,
-    InputError,
-    check_writable,
-    make_parser,
-    number,
-    positive_float,
-    positive_int,
-    run,
-    write_json,
-)
-from fhe_mlp.expansion import NONE, expansion
-from fhe_mlp.networks import (
-    balanced_weights,
-    build,
-    decisions,
-    epoch_progress,
-    epoch_rows,
-    load_mlp,
-    save_mlp,
-    shift_logit,
-    start_tensorflow,
-    training_draws,
-)
-from fhe_mlp.pictures import save_figure
-
-if TYPE_CHECKING:
-    import tf_keras
+from fhe_mlp import cli, ecg, networks
+from fhe_mlp.dataset import Dataset, Part, load_dataset
+from fhe_mlp.experiments import save_figure
+from fhe_mlp.scaling import NONE, public_map
 
 HIDDEN = (64, 64, 32, 16)  # neurons of each hidden layer
 LEARNING_RATE = 6e-3  # of Adam at its highest; docs/METHOD.md has what was tried
@@ -80,7 +46,7 @@ THRESHOLD, THRESHOLD_UNSEEN = 0.5, 0.7
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained."""
+    """How a network is trained; usual_threshold: where validation rows do not clearly ask for another."""
 
     hidden: Sequence[int]
     noise: float
@@ -91,26 +57,24 @@ class Recipe:
     seed: int
 
 
-def new_mlp(features: int, recipe: Recipe) -> tf_keras.Sequential:
-    """MLP from `features` to one probability of an abnormal beat; weights as Glorot & Bengio (AISTATS 2010) draw."""
+def new_mlp(data: Dataset, recipe: Recipe) -> networks.MLP:
+    """Return an MLP from the columns of the data to one logit, with weights as Glorot & Bengio (AISTATS 2010) draw."""
     rng = np.random.default_rng(recipe.seed)
-    widths, layers = [features, *recipe.hidden, 1], []
-    for inputs, neurons in itertools.pairwise(widths):
+    layers = []
+    for inputs, neurons in itertools.pairwise([data.train.X.shape[1], *recipe.hidden, 1]):
         limit = np.sqrt(6 / (inputs + neurons))
         layers.append((rng.uniform(-limit, limit, (inputs, neurons)).astype(np.float32), np.zeros(neurons, np.float32)))
-    return build(layers, recipe.noise)
+    return networks.MLP(layers, recipe.noise, map=data.map)
 
 
-def train(
-    rows: Rows, probability: np.ndarray, recipe: Recipe, watched: Rows | None = None
-) -> tuple[tf_keras.Sequential, dict[str, list[float]]]:
-    """A network trained on draws of `rows`, each with its probability (n,), and losses by epoch.
+def train(data: Dataset, recipe: Recipe) -> tuple[networks.MLP, dict[str, list[float]]]:
+    """Return a network trained on draws of the training part, and losses and accuracies by epoch.
 
-    watched: rows and labels whose loss is recorded too. The weights are those at the end, when the learning rate is 0.
+    Validation rows are watched only: the weights are those at the end, when the learning rate is 0.
     """
     import tf_keras
 
-    steps = recipe.epochs * -(-epoch_rows(rows[1]) // recipe.batch_size)
+    steps = recipe.epochs * -(-networks.epoch_rows(data.train.y) // recipe.batch_size)
     warm_up = int(WARM_UP * steps)
     rate = tf_keras.optimizers.schedules.CosineDecay(
         START_SHARE * recipe.learning_rate,
@@ -118,69 +82,62 @@ def train(
         warmup_target=recipe.learning_rate,
         warmup_steps=warm_up,
     )
-    model = new_mlp(rows[0].shape[1], recipe)
+    start = new_mlp(data, recipe)
+    model = networks.to_train(start, recipe.seed)
     model.compile(tf_keras.optimizers.Adam(rate), "binary_crossentropy", metrics=["accuracy"], weighted_metrics=[])
     history = model.fit(
-        training_draws(*rows, probability, recipe.batch_size, recipe.seed),
+        networks.training_draws(data, recipe.batch_size, recipe.seed),
         epochs=recipe.epochs,
-        validation_data=None if watched is None else (*watched, balanced_weights(watched[1])),
-        callbacks=[epoch_progress("training", recipe.epochs)],
+        validation_data=(data.val.X, data.val.y, networks.balanced_weights(data.val.y)),
+        callbacks=[networks.epoch_progress("training", recipe.epochs)],
         verbose=0,
     ).history
-    return model, history
+    return networks.trained(model, start), history
 
 
-def move_threshold(
-    model: tf_keras.Sequential, val: Rows, beats: pd.DataFrame, usual: float, asked: float | None
-) -> float:
-    """The threshold, `asked` or chosen on validation rows, after moving it to 0.5 in `model`, in place."""
-    chosen = asked or ec57.choose_threshold(model(val[0]).numpy()[:, 0], val[1], patients(beats), usual)
-    shift_logit(model, -np.log(chosen / (1 - chosen)))
-    return chosen
-
-
-def figures(model: tf_keras.Sequential, rows: Rows, beats: pd.DataFrame, named: bool) -> dict[str, Any]:
-    """Figures of EC57 on `rows`, with the area under the ROC curve."""
+def figures(mlp: networks.MLP, part: Part) -> dict[str, Any]:
+    """Return the figures of EC57 on a part of the data, with the area under the ROC curve."""
     from sklearn.metrics import roc_auc_score
 
-    found = ec57.figures(rows[1], decisions(model, rows[0]), beats if named else None)
-    return {**found, "auc": float(roc_auc_score(rows[1], model(rows[0]).numpy()[:, 0]))}
+    return {**part.figures(mlp.decisions(part.X)), "auc": float(roc_auc_score(part.y, mlp.probabilities(part.X)))}
 
 
-def cross_validate(data: Arrays, beats: dict[str, pd.DataFrame], folds: int, recipe: Recipe) -> dict[str, Any]:
-    """Figures on the beats of each patient of the training and validation part when the others train a network.
+def cross_validate(data: Dataset, folds: int, recipe: Recipe) -> dict[str, Any]:
+    """Return figures on the beats of each patient of training and validation part when the others train a network.
 
     Copies of records (preprocess_mitbih.py, --s-majority) train with their patient, and are reported apart.
     The scaler is that of the arrays. Raises InputError with fewer patients than folds.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
-    X, y = (np.concatenate([data[split][k] for split in ("train", "val")]) for k in (0, 1))
-    beats = pd.concat([beats["train"], beats["val"]], ignore_index=True)
-    patient = patients(beats)
-    if len(set(patient)) < folds:
-        raise InputError(f"--folds {folds}: the training and validation part have {len(set(patient))} known patients")
-    decided = np.zeros_like(y)
+    known = data.train.join(data.val)
+    patient = known.beats["patient"]
+    if patient.nunique() < folds:
+        raise cli.InputError(
+            f"--folds {folds}: the training and validation part have {patient.nunique()} known patients"
+        )
+    decided = np.zeros_like(known.y)
     split = StratifiedGroupKFold(folds, shuffle=True, random_state=recipe.seed)
-    for others, held_out in split.split(X, beats["aami"], patient):
-        model, _ = train((X[others], y[others]), draw_probability(beats.iloc[others]), recipe)
-        decided[held_out] = model(X[held_out]).numpy()[:, 0] > recipe.usual_threshold
-    original = (patient == beats["record"]).to_numpy()
-    found = {"patients": ec57.figures(y[original], decided[original], beats[original])}
-    table = ec57.by_record(y[original], decided[original], beats[original])
-    if not original.all():
-        found["copies in which S is frequent"] = ec57.figures(y[~original], decided[~original], beats[~original])
+    for others, held_out in split.split(known.X, known.beats["aami"], patient):
+        fold = replace(data, train=known.take(others), val=known.take(held_out))
+        mlp, _ = train(fold, recipe)
+        decided[held_out] = mlp.decided_at(recipe.usual_threshold).decisions(known.X[held_out])
+    own = ~known.copied
+    found = {"patients": known.take(own).figures(decided[own])}
+    table = ecg.by_record(known.y[own], decided[own], known.beats[own])
+    if not own.all():
+        found["copies in which S is frequent"] = known.take(~own).figures(decided[~own])
     return {**found, "by_record": table.reset_index().to_dict("records")}
 
 
-def plot_training(history: dict[str, list[float]], path: Path) -> None:
-    """Loss and accuracy by epoch, training against validation."""
+def plot_training(history: dict[str, list[float]], noise: float, path: Path) -> None:
+    """Draw loss and accuracy by epoch, training against validation."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     epochs = np.arange(1, len(history["loss"]) + 1)
     for axis, name, unit in zip(axes, ("loss", "accuracy"), ("binary cross-entropy", "share of beats")):
-        axis.plot(epochs, history[name], label="training (with noise)")
+        axis.plot(epochs, history[name], label="training, with noise" if noise else "training")
         axis.plot(epochs, history[f"val_{name}"], label="validation")
         axis.set(xlabel="epoch", ylabel=f"{name} ({unit})", title=f"Baseline MLP: {name}")
         axis.legend()
@@ -188,7 +145,7 @@ def plot_training(history: dict[str, list[float]], path: Path) -> None:
 
 
 def plot_roc(y: np.ndarray, probability: np.ndarray, auc: float, path: Path) -> None:
-    """Sensitivity against false alarms on the test set, with the corner that matters enlarged."""
+    """Draw sensitivity against false alarms on the test set, with the corner that matters enlarged."""
     import matplotlib.pyplot as plt
     from sklearn.metrics import roc_curve
 
@@ -204,7 +161,7 @@ def plot_roc(y: np.ndarray, probability: np.ndarray, auc: float, path: Path) -> 
 
 
 def plot_records(table: pd.DataFrame, path: Path) -> None:
-    """Balanced accuracy of each record of the test set, the worst first; of records with one label, what is defined."""
+    """Draw the balanced accuracy of each record of the test set, the worst first; of one label, what is defined."""
     import matplotlib.pyplot as plt
 
     shown = table.assign(shown=table["balanced_accuracy"].fillna(table["specificity"]).fillna(table["sensitivity"]))
@@ -222,11 +179,11 @@ def plot_records(table: pd.DataFrame, path: Path) -> None:
 
 
 def print_figures(found: dict[str, dict[str, Any]]) -> None:
-    """Gross figures with their intervals, averages over records and shares found of each class, a column a set."""
+    """Print gross figures with intervals, averages over records and shares found of each class, a column a set."""
     rows: dict[str, dict[str, str]] = {}
     for title, one in found.items():
         column = {"beats": f"{one['beats']}", "accuracy": f"{one['accuracy']:.4f}"}
-        for name in ec57.FIGURES:
+        for name in ecg.FIGURES:
             low, high = one.get("interval95", {}).get(name) or (np.nan, np.nan)
             column[name] = f"{one[name]:.4f}" + (f" ({low:.3f} to {high:.3f})" if low == low else "")
             if "average" in one:
@@ -236,39 +193,79 @@ def print_figures(found: dict[str, dict[str, Any]]) -> None:
     print(f"\n{pd.DataFrame(rows).fillna('').to_string()}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train, save, reload, and report the reloaded network."""
-    parser = make_parser(__doc__)
+def report_folds(data: Dataset, folds: int, recipe: Recipe, workdir: Path) -> None:
+    """Cross-validate, write and print the figures."""
+    found = {"folds": folds, **asdict(recipe), **cross_validate(data, folds, recipe)}
+    cli.write_json(workdir / "MLP_model_0_folds.json", found)
+    shown = ["record", "beats", *"NSVF", *ecg.FIGURES]
+    table = pd.DataFrame(found["by_record"])[shown].sort_values("balanced_accuracy")
+    print(f"\n{table.to_string(index=False, float_format='{:.3f}'.format, na_rep='')}")
+    print_figures({title: one for title, one in found.items() if isinstance(one, dict)})
+    print(f"wrote MLP_model_0_folds.json to {workdir}")
+
+
+def report(mlp: networks.MLP, data: Dataset, recipe: Recipe, workdir: Path) -> None:
+    """Write metrics and pictures of the saved network, and print its figures."""
+    metrics = {
+        "parameters": mlp.parameters,
+        "unseen_patients": data.unseen,
+        **asdict(recipe),
+        "map": mlp.map,
+        "threshold": mlp.threshold,
+        "validation": figures(mlp, data.val),
+        "test": figures(mlp, data.test),
+    }
+    written = ["MLP_model_0.h5", "_metrics.json", "_training.png", "_roc.png"]
+    if data.test.named:
+        table = ecg.by_record(data.test.y, mlp.decisions(data.test.X), data.test.beats)
+        metrics["test_by_record"] = table.reset_index().to_dict("records")
+        plot_records(table, workdir / "MLP_model_0_records.png")
+        written.append("_records.png")
+    cli.write_json(workdir / "MLP_model_0_metrics.json", metrics)
+    plot_roc(data.test.y, mlp.probabilities(data.test.X), metrics["test"]["auc"], workdir / "MLP_model_0_roc.png")
+    print_figures({part: metrics[part] for part in ("validation", "test")})
+    print(f"decision threshold {mlp.threshold:.2f}; counts of the test set: {metrics['test']['counts']}")
+    print(f"wrote {', '.join(written)} to {workdir}")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line."""
+    parser = cli.make_parser(__doc__)
     option = parser.add_argument
-    option("--hidden", type=positive_int, nargs="+", default=HIDDEN, help="neurons of each hidden layer")
+    option("--hidden", type=cli.positive_int, nargs="+", default=HIDDEN, help="neurons of each hidden layer")
     option(
         "--noise",
-        type=number(float, 0, sys.float_info.max, "a number from 0"),
+        type=cli.number(float, 0, sys.float_info.max, "a number from 0"),
         help=f"standard deviation added to the features (default: {NOISE:g}, for unseen patients {NOISE_UNSEEN:g})",
     )
     option(
         "--epochs",
-        type=positive_int,
+        type=cli.positive_int,
         help="each of as many drawn rows as a balanced training part has "
         f"(default: {EPOCHS}, for unseen patients {EPOCHS_UNSEEN})",
     )
-    option("--batch-size", type=positive_int, default=BATCH_SIZE, help="beats a gradient step")
-    option("--learning-rate", type=positive_float, default=LEARNING_RATE, help="of Adam, at its highest")
+    option("--batch-size", type=cli.positive_int, default=BATCH_SIZE, help="beats a gradient step")
+    option("--learning-rate", type=cli.positive_float, default=LEARNING_RATE, help="of Adam, at its highest")
     option(
         "--threshold",
-        type=number(float, sys.float_info.min, BELOW_ONE, "a number between 0 and 1"),
+        type=cli.number(float, sys.float_info.min, cli.BELOW_ONE, "a number between 0 and 1"),
         help=f"probability that decides (default: {THRESHOLD:g}, for unseen patients {THRESHOLD_UNSEEN:g}, unless "
         "validation rows clearly ask for another)",
     )
-    option("--expand", type=expansion, default=NONE, help="public map of the features: none, products or fourier:N")
-    option("--folds", type=positive_int, help="cross-validate over patients in so many parts; trains no baseline")
+    option("--expand", type=public_map, default=NONE, help="public map of the features: none or fourier:N")
+    option("--folds", type=cli.positive_int, help="cross-validate over patients in so many parts; trains no baseline")
     args = parser.parse_args(argv)
     if args.folds == 1:
         parser.error("--folds needs at least 2")
-    check_writable(args.workdir)
-    data = load_arrays(args.data_dir, args.expand)
-    beats, named = rows_of(args.data_dir, data)
-    unseen = named and (bool(args.folds) or unseen_patients(beats))  # folds hold out whole patients
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, save, reload, and report the reloaded network."""
+    args = parse_arguments(argv)
+    cli.check_writable(args.workdir)
+    data = load_dataset(args.data_dir, args.expand)
+    unseen = data.train.named and (bool(args.folds) or data.unseen)  # folds hold out whole patients
     recipe = Recipe(
         args.hidden,
         (NOISE_UNSEEN if unseen else NOISE) if args.noise is None else args.noise,
@@ -278,47 +275,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.threshold or (THRESHOLD_UNSEEN if unseen else THRESHOLD),
         args.seed,
     )
-    start_tensorflow(args.seed)
+    networks.start_tensorflow(args.seed)
     if args.folds:
-        found = {"folds": args.folds, **vars(recipe), **cross_validate(data, beats, args.folds, recipe)}
-        write_json(args.workdir / "MLP_model_0_folds.json", found)
-        shown = ["record", "beats", *"NSVF", *ec57.FIGURES]
-        table = pd.DataFrame(found["by_record"])[shown].sort_values("balanced_accuracy")
-        print(f"\n{table.to_string(index=False, float_format='{:.3f}'.format, na_rep='')}")
-        print_figures({title: one for title, one in found.items() if isinstance(one, dict)})
-        print(f"wrote MLP_model_0_folds.json to {args.workdir}")
+        report_folds(data, args.folds, recipe, args.workdir)
         return
-
-    model, history = train(data["train"], training_probability(beats), recipe, data["val"])
-    chosen = move_threshold(model, data["val"], beats["val"], recipe.usual_threshold, args.threshold)
+    mlp, history = train(data, recipe)
+    val, usual = data.val, recipe.usual_threshold
+    chosen = ecg.choose_threshold(mlp.probabilities(val.X), val.y, val.beats["patient"], usual)
     path = args.workdir / "MLP_model_0.h5"
-    save_mlp(model, path)
-
-    model = load_mlp(path, "python MLP_model_0.py")
-    (X_test, y_test), probability = data["test"], model(data["test"][0]).numpy()[:, 0]
-    metrics = {
-        "parameters": model.count_params(),
-        "unseen_patients": unseen,
-        **vars(recipe),
-        "expand": args.expand,
-        "threshold": chosen,
-        "validation": figures(model, data["val"], beats["val"], named),
-        "test": figures(model, data["test"], beats["test"], named),
-    }
-    written = ["MLP_model_0.h5", "_metrics.json", "_training.png", "_roc.png"]
-    if named:
-        table = ec57.by_record(y_test, decisions(model, X_test), beats["test"])
-        metrics["test_by_record"] = table.reset_index().to_dict("records")
-        plot_records(table, args.workdir / "MLP_model_0_records.png")
-        written.append("_records.png")
-    write_json(args.workdir / "MLP_model_0_metrics.json", metrics)
-    plot_training(history, args.workdir / "MLP_model_0_training.png")
-    plot_roc(y_test, probability, metrics["test"]["auc"], args.workdir / "MLP_model_0_roc.png")
-
-    print_figures({part: metrics[part] for part in ("validation", "test")})
-    print(f"decision threshold {chosen:.2f}; counts of the test set: {metrics['test']['counts']}")
-    print(f"wrote {', '.join(written)} to {args.workdir}")
+    networks.save_mlp(mlp.decided_at(args.threshold or chosen), path)
+    plot_training(history, recipe.noise, args.workdir / "MLP_model_0_training.png")
+    report(networks.load_mlp(path, "python MLP_model_0.py"), data, recipe, args.workdir)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

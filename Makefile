@@ -7,7 +7,7 @@
 #                  it, and what its annotations say (after make patients, which it runs; docs/DEPLOYMENT.md); with
 #                  DEMO=patients-packed by the linear network
 # make test        set up .venv and run the tests
-# make bench       measure the front against default PTQ and other models (after make)
+# make bench       measure the front against other encrypted models (after make)
 # make data        rebuild data/ from the MIT-BIH records (downloads 94 MB into data/mitdb when they are not there)
 # make constraints write constraints.txt, the versions of everything that requirements*.txt need, anew
 # make clean       remove the results, keep .venv and data/
@@ -28,9 +28,9 @@ DATA := data
 PACKED := EXPAND=fourier:2048 RATES=100
 OPTIONS := $(if $P,--data-dir $(DATA) --workdir $P)
 ARRAYS := $(if $(filter data,$(DATA)),$(wildcard data/*.npy)) $(DATA)/dataset.json
-RECORDS := $(if $(MITDB_DIR),--records-dir $(MITDB_DIR) --no-download)
+RECORDS := $(if $(MITDB_DIR),--records-dir "$(MITDB_DIR)" --no-download)
 DEMO := patients
-DEMO_RECORD := $(abspath $(or $(MITDB_DIR),data/mitdb))/233
+DEMO_RECORD = "$(shell realpath -m "$(or $(MITDB_DIR),data/mitdb)")/233"
 step = $(strip $(RUN) $1 $(OPTIONS) $2)
 
 all: $P.fhe.stamp
@@ -46,8 +46,8 @@ patients-packed: patients
 
 .venv/.ready: requirements.txt constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: Python 3.10, 3.11 or 3.12 with venv is needed; name one: make PYTHON=python3.11" >&2; exit 2; }
-	@$(PYTHON) -c '$(CHECK)' || { echo "make: $(PYTHON) is not Python 3.10 to 3.12 with venv; name another: make PYTHON=python3.11" >&2; exit 2; }
-	$(PYTHON) -m venv --clear .venv
+	@"$(PYTHON)" -c '$(CHECK)' || { echo "make: $(PYTHON) is not Python 3.10 to 3.12 with venv; name another: make PYTHON=python3.11" >&2; exit 2; }
+	"$(PYTHON)" -m venv --clear .venv
 	$(INSTALL) --requirement requirements.txt
 	@touch $@
 
@@ -56,28 +56,30 @@ patients-packed: patients
 	@touch $@
 
 # Each step names what its numbers depend on, and no more: how results look is step 5's alone.
-$PMLP_model_0.h5: MLP_model_0.py $(addprefix fhe_mlp/,arrays.py expansion.py networks.py ec57.py) $(ARRAYS) | .venv/.ready
+$PMLP_model_0.h5: MLP_model_0.py $(addprefix fhe_mlp/,scaling.py dataset.py ecg/evaluation.py networks/mlp.py \
+		networks/fitting.py) $(ARRAYS) | .venv/.ready
 	$(call step,MLP_model_0.py,$(if $(EXPAND),--expand $(EXPAND)))
 
 $Ptf_pruned_model.h5: TF_pruning.py $PMLP_model_0.h5 | .venv/.ready
 	$(call step,TF_pruning.py)
 
-$Pdynamic_pruning_results.xlsx: dynamic_pruning_eval.py $(addprefix fhe_mlp/,candidates.py neuron_removal.py quantized.py \
-		qat.py tables.py pbs_complexity.csv) $Ptf_pruned_model.h5 | .venv/.ready
+$Pdynamic_pruning_results.xlsx: dynamic_pruning_eval.py fhe_mlp/networks/pruning.py \
+		$(wildcard fhe_mlp/quantized/*.py) fhe_mlp/quantized/pbs_complexity.csv $Ptf_pruned_model.h5 | .venv/.ready
 	$(call step,dynamic_pruning_eval.py,$(if $(RATES),--rates $(RATES)))
 
 # The files of steps 4 and 5 have names that follow the results, and step 5's must survive an interrupt: stamps.
-$P.onnx.stamp: h5_onnx_converter.py fhe_mlp/graphs.py $Pdynamic_pruning_results.xlsx | .venv/.ready
+$P.onnx.stamp: h5_onnx_converter.py $Pdynamic_pruning_results.xlsx | .venv/.ready
 	$(call step,h5_onnx_converter.py)
 	@touch $@
 
 # What is finished is in its database: with nothing missing it only writes the workbooks and pictures anew.
-$P.fhe.stamp: fhe_experiments.py $(addprefix fhe_mlp/,configuration.py circuit.py packed.py packing.py plan.py cluster.py \
-		store.py report.py steps.py) $P.onnx.stamp | .venv/.ready
+$P.fhe.stamp: fhe_experiments.py fhe_mlp/workers.py $(wildcard fhe_mlp/encrypted/*.py fhe_mlp/experiments/*.py) \
+		fhe_mlp/experiments/columns.csv $P.onnx.stamp | .venv/.ready
 	$(call step,fhe_experiments.py,$(if $(BESIDE),--beside $(BESIDE)))
 	@touch $@
 
-patients/data/dataset.json: preprocess_mitbih.py $(addprefix fhe_mlp/,ecg_features.py records.py arrays.py) | .venv/.ready
+patients/data/dataset.json: preprocess_mitbih.py $(addprefix fhe_mlp/,scaling.py dataset.py ecg/records.py ecg/beats.py \
+		ecg/features.py) | .venv/.ready
 	$(RUN) preprocess_mitbih.py --abnormal S V F --split inter-patient --data-dir patients/data $(RECORDS)
 
 # Each side runs in its own folder, as it would on its own machine.
@@ -89,13 +91,13 @@ demo: $(DEMO)
 	cd demo/server && ../../$(RUN) server.py encrypted_beats.zip evaluation_keys.zip
 	mv demo/server/encrypted_answers.zip demo/client
 	cd demo/client && ../../$(RUN) client.py decrypt encrypted_answers.zip
-	$(RUN) tests/compare.py $(DEMO_RECORD) demo/client/233 --minutes 5
+	$(RUN) benchmarks/compare.py $(DEMO_RECORD) demo/client/233 --minutes 5
 
 bench: .fhe.stamp .venv/.bench-ready
-	$(RUN) tests/benchmark.py
+	$(RUN) benchmarks/bench.py
 
 data: .venv/.ready
-	$(strip $(RUN) preprocess_mitbih.py $(RECORDS))
+	$(RUN) preprocess_mitbih.py $(RECORDS)
 
 test: .venv/.ready
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder

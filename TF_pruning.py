@@ -4,8 +4,7 @@ Structured: whole blocks of a neuron's incoming weights are zeroed together, bec
 an encrypted network falls only with its neurons; step 3 removes those with the most zeros. The output layer is left
 whole. Training rows are drawn and the features noised as in step 1.
 
-Reads   MLP_model_0.h5 and MLP_model_0_metrics.json in --workdir (python MLP_model_0.py makes them) and the arrays in
-        --data-dir
+Reads   MLP_model_0.h5 in --workdir (python MLP_model_0.py makes it) and the arrays in --data-dir
 Writes  to --workdir: tf_pruned_model.h5, tf_pruned_model_metrics.json, tf_pruned_model_training.png
 Run     python TF_pruning.py
 """
@@ -21,23 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from fhe_mlp import ec57
-from fhe_mlp.arrays import load_arrays, rows_of, training_probability
-from fhe_mlp.cli import BELOW_ONE, check_writable, make_parser, number, positive_float, positive_int, run, write_json
-from fhe_mlp.networks import (
-    balanced_weights,
-    decisions,
-    epoch_progress,
-    epoch_rows,
-    load_mlp,
-    logit_shift,
-    public_map,
-    save_mlp,
-    shift_logit,
-    start_tensorflow,
-    training_draws,
-)
-from fhe_mlp.pictures import save_figure
+from fhe_mlp import cli, networks
+from fhe_mlp.dataset import Dataset
+from fhe_mlp.experiments import save_figure
 
 if TYPE_CHECKING:
     import tf_keras
@@ -47,11 +32,11 @@ EPOCHS = 20  # all of them under the schedule
 BATCH_SIZE = 32  # beats a gradient step
 LEARNING_RATE = 1e-3  # of Adam
 UPDATE_EVERY = 50  # gradient steps between two updates of the masks
-BLOCK_ROWS = "4"  # incoming weights zeroed together; compared with 1, 8 and neuron on validation data (docs/RESULTS.md)
+BLOCK_ROWS = "4"  # incoming weights of a neuron zeroed together; docs/RESULTS.md compares it with 1, 8 and all
 
 
 def block_mask(weights: Any, rows: int, choose: Callable[[Any], tuple[Any, Any]]) -> tuple[Any, Any]:
-    """Threshold and mask for a kernel (inputs, neurons), 0 where a block of `rows` weights of a neuron is zeroed.
+    """Return threshold and mask of a kernel (inputs, neurons); 0 where a block of `rows` weights of a neuron is zeroed.
 
     Blocks are ranked by their mean absolute weight; `choose(means)` is TFMOT's rule for single values, which returns
     the threshold and a mask of the blocks. A last block that `rows` does not fill counts by its own mean.
@@ -67,10 +52,9 @@ def block_mask(weights: Any, rows: int, choose: Callable[[Any], tuple[Any, Any]]
 def wrap_for_pruning(
     model: tf_keras.Sequential, block_rows: int | None, steps: int, sparsity: tuple[float, float]
 ) -> tf_keras.Sequential:
-    """Copy of `model` whose hidden Dense layers prune themselves over `steps` gradient steps; block_rows None: neurons.
+    """Return a copy of `model` whose hidden Dense layers prune themselves over `steps` gradient steps.
 
-    sparsity: share of zero weights in each hidden layer at the start and at the end.
-
+    block_rows: None for whole neurons; sparsity: share of zero weights in each hidden layer at the start and the end.
     The schedule, of Zhu & Gupta, "To prune, or not to prune", arXiv:1710.01878 (TFMOT's PolynomialDecay, power 3), ends
     at the last update of the masks, so that the final sparsity is reached exactly.
     """
@@ -110,13 +94,13 @@ def wrap_for_pruning(
 
 
 def layer_sparsity(model: tf_keras.Sequential) -> dict[str, float]:
-    """Share of zero weights in the kernel of each Dense layer, wrapped or not."""
+    """Return the share of zero weights in the kernel of each Dense layer, wrapped or not."""
     layers = [getattr(layer, "layer", layer) for layer in model.layers]
     return {layer.name: float(np.mean(layer.kernel.numpy() == 0)) for layer in layers if hasattr(layer, "kernel")}
 
 
 def plot_epochs(sparsity: list[dict[str, float]], val_accuracy: list[float], before: float, path: Path) -> None:
-    """Sparsity of each pruned layer, and validation accuracy, by epoch."""
+    """Draw the sparsity of each pruned layer, and validation accuracy, by epoch."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 1, figsize=(8, 7), sharex=True)
@@ -139,78 +123,76 @@ def block_rows(text: str) -> str:
     return text
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Prune, strip, save, reload, and report the reloaded network."""
-    parser = make_parser(__doc__)
-    parser.add_argument(
-        "--block-rows",
-        type=block_rows,
-        default=BLOCK_ROWS,
-        help="incoming weights of a neuron that are zeroed together: a number (1: single weights) or 'neuron' (all)",
-    )
-    share = number(float, 0, BELOW_ONE, "a number from 0 to less than 1")
-    parser.add_argument("--initial-sparsity", type=share, default=INITIAL_SPARSITY, help="zero weights at the start")
-    parser.add_argument("--final-sparsity", type=share, default=FINAL_SPARSITY, help="zero weights at the end")
-    parser.add_argument(
-        "--epochs", type=positive_int, default=EPOCHS, help="each of as many drawn rows as a balanced training part has"
-    )
-    parser.add_argument("--batch-size", type=positive_int, default=BATCH_SIZE, help="beats a gradient step")
-    parser.add_argument("--learning-rate", type=positive_float, default=LEARNING_RATE, help="of Adam")
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line."""
+    parser = cli.make_parser(__doc__)
+    option, share = parser.add_argument, cli.number(float, 0, cli.BELOW_ONE, "a number from 0 to less than 1")
+    what = "incoming weights of a neuron that are zeroed together: a number (1: single weights) or 'neuron' (all)"
+    option("--block-rows", type=block_rows, default=BLOCK_ROWS, help=what)
+    option("--initial-sparsity", type=share, default=INITIAL_SPARSITY, help="zero weights at the start")
+    option("--final-sparsity", type=share, default=FINAL_SPARSITY, help="zero weights at the end")
+    what = "each of as many drawn rows as a balanced training part has"
+    option("--epochs", type=cli.positive_int, default=EPOCHS, help=what)
+    option("--batch-size", type=cli.positive_int, default=BATCH_SIZE, help="beats a gradient step")
+    option("--learning-rate", type=cli.positive_float, default=LEARNING_RATE, help="of Adam")
     args = parser.parse_args(argv)
     if args.initial_sparsity > args.final_sparsity:
         parser.error("--initial-sparsity must not be above --final-sparsity")
-    check_writable(args.workdir)
-    data = load_arrays(args.data_dir, public_map(args.workdir))
-    keras = start_tensorflow(args.seed)
+    return args
+
+
+def prune(
+    mlp: networks.MLP, data: Dataset, args: argparse.Namespace
+) -> tuple[networks.MLP, list[dict[str, float]], list[float]]:
+    """Return the network with zeros, stripped of TFMOT's wrappers, and sparsity and validation accuracy by epoch."""
+    import tf_keras
     from tensorflow_model_optimization.sparsity.keras import UpdatePruningStep, strip_pruning
 
-    model = load_mlp(args.workdir / "MLP_model_0.h5", "python MLP_model_0.py", data["train"][0].shape[1])
-    shift = logit_shift(args.workdir)
-    beats, named = rows_of(args.data_dir, data)
-
-    def figures(network: tf_keras.Sequential) -> dict[str, Any]:
-        return {
-            part: ec57.figures(data[part][1], decisions(network, data[part][0]), beats[part] if named else None)
-            for part in ("val", "test")
-        }
-
-    stages = {"before": figures(model)}
-    shift_logit(model, -shift)  # labels know nothing of a chosen threshold
-    (X, y), (X_val, y_val) = data["train"], data["val"]
+    train, val = data.train, data.val
     rows = None if args.block_rows == "neuron" else int(args.block_rows)
-    steps = args.epochs * math.ceil(epoch_rows(y) / args.batch_size)
+    steps = args.epochs * math.ceil(networks.epoch_rows(train.y) / args.batch_size)
+    model = networks.to_train(mlp, args.seed)
     wrapped = wrap_for_pruning(model, rows, steps, (args.initial_sparsity, args.final_sparsity))
-    wrapped.compile(
-        keras.optimizers.Adam(args.learning_rate), "binary_crossentropy", metrics=["accuracy"], weighted_metrics=[]
-    )
+    adam = tf_keras.optimizers.Adam(args.learning_rate)
+    wrapped.compile(adam, "binary_crossentropy", metrics=["accuracy"], weighted_metrics=[])
     sparsity: list[dict[str, float]] = []
-    record = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: sparsity.append(layer_sparsity(wrapped)))
+    record = tf_keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: sparsity.append(layer_sparsity(wrapped)))
     history = wrapped.fit(
-        training_draws(X, y, training_probability(beats), args.batch_size, args.seed),
+        networks.training_draws(data, args.batch_size, args.seed),
         epochs=args.epochs,
-        validation_data=(X_val, y_val, balanced_weights(y_val)),
-        callbacks=[UpdatePruningStep(), record, epoch_progress("pruning", args.epochs)],
+        validation_data=(val.X, val.y, networks.balanced_weights(val.y)),
+        callbacks=[UpdatePruningStep(), record, networks.epoch_progress("pruning", args.epochs)],
         verbose=0,
     ).history
-    pruned = keras.models.clone_model(model)  # without the wrappers, in fact and in name
-    pruned.set_weights(strip_pruning(wrapped).get_weights())
-    shift_logit(pruned, shift)
-    stages["after"] = figures(pruned)
+    return networks.trained(strip_pruning(wrapped), mlp), sparsity, history["val_accuracy"]
 
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prune, strip, save, reload, and report the reloaded network."""
+    args = parse_arguments(argv)
+    cli.check_writable(args.workdir)
+    mlp, data = networks.load_with_data(args.workdir / "MLP_model_0.h5", "python MLP_model_0.py", args.data_dir)
+    networks.start_tensorflow(args.seed)
+    pruned, sparsity, val_accuracy = prune(mlp, data, args)
     path = args.workdir / "tf_pruned_model.h5"
-    save_mlp(pruned, path)
-    reloaded = load_mlp(path, "python TF_pruning.py")
-    stages["reloaded"] = figures(reloaded)
-    final = layer_sparsity(reloaded)
+    networks.save_mlp(pruned, path)
+    reloaded = networks.load_mlp(path, "python TF_pruning.py")
+
+    stages = {
+        stage: {name: data.parts[name].figures(network.decisions(data.parts[name].X)) for name in ("val", "test")}
+        for stage, network in (("before", mlp), ("after", pruned), ("reloaded", reloaded))
+    }
+    names = [*(f"hidden_{number}" for number in range(1, len(reloaded.layers))), "output"]
+    final = {name: float(np.mean(kernel == 0)) for name, (kernel, _) in zip(names, reloaded.layers)}
     metrics = {"block_rows": args.block_rows, "seed": args.seed, "figures": stages, "sparsity": final}
-    write_json(args.workdir / "tf_pruned_model_metrics.json", metrics)
+    cli.write_json(args.workdir / "tf_pruned_model_metrics.json", metrics)
     before = stages["before"]["val"]["accuracy"]
-    plot_epochs(sparsity, history["val_accuracy"], before, args.workdir / "tf_pruned_model_training.png")
-    shown = {stage: {part: one[part]["balanced_accuracy"] for part in ("val", "test")} for stage, one in stages.items()}
+    plot_epochs(sparsity, val_accuracy, before, args.workdir / "tf_pruned_model_training.png")
+    shown = {stage: {name: one["balanced_accuracy"] for name, one in found.items()} for stage, found in stages.items()}
     print(f"\n{pd.DataFrame(shown).rename_axis('balanced accuracy').to_string(float_format='{:.4f}'.format)}\n")
     print(pd.Series(final, name="zero weights").map("{:.1%}".format).to_string())
     print(f"wrote tf_pruned_model.h5, _metrics.json and _training.png to {args.workdir}")
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

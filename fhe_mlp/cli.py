@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
+import errno
 import hashlib
 import json
 import math
 import os
 import platform
-import signal
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -23,50 +21,45 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 42
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
-PATIENCE = 2.0  # seconds that an interrupted child has to end by itself
-POLL_SECONDS = 0.1
 SPACE_BYTES = 200_000  # that a run needs at least on the disk
-INSTRUCTION_SETS = (
-    "avx2",
-    "avx512f",
-)  # flags of /proc/cpuinfo; without the second a bootstrap takes 3 to 4 times as long
+INSTRUCTION_SETS = ("avx2", "avx512f")  # without the second a bootstrap takes 3 to 4 times as long
 BELOW_ONE = math.nextafter(1, 0)
-PR_SET_PDEATHSIG = 1  # of prctl(2): which signal a process gets when its parent dies
 
 
 class InputError(Exception):
-    """What the user gave cannot be used; the message names the file, what is wrong and what to do."""
+    """Input that cannot be used; the message names the file, what is wrong and what to do."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says in one line; its type where it says nothing."""
+    """Return the message of an exception in one line; its type where it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def run(main: Callable[[], None], say: str = "finished files are whole, run it again") -> None:
     """Call `main` as a command: bad input, a full disk or a read-only folder is one line and exit status 2.
 
-    say: after "interrupted; ", when it is.
+    say: printed after "interrupted; " when Ctrl-C ends it, with exit status INTERRUPTED.
     """
+    program = Path(sys.argv[0]).name
     try:
         main()
         sys.stdout.flush()
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"{Path(sys.argv[0]).name}: {where}{error.strerror or first_line(error)}", file=sys.stderr)
+        print(f"{program}: {where}{error.strerror or first_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{Path(sys.argv[0]).name}: interrupted; {say}", file=sys.stderr)
+        print(f"\n{program}: interrupted; {say}", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 
 def run_and_leave(main: Callable[[], None], say: str) -> None:
-    """`run` for a command that executes circuits, with the exit status that it should have.
+    """Call `run` in a process that loads Concrete, and end with the exit status that Python would have.
 
-    Concrete's runtime, once it has started, ends every process with status 0, whatever Python says.
+    Concrete's runtime, once it has started, ends every process with status 0.
     """
     status: Any = 0
     try:
@@ -76,7 +69,7 @@ def run_and_leave(main: Callable[[], None], say: str) -> None:
     except BaseException:
         traceback.print_exc()
         status = 1
-    if isinstance(status, str):  # what sys.exit prints
+    if isinstance(status, str):  # a message for sys.exit to print
         print(status, file=sys.stderr)
         status = 1
     sys.stdout.flush()
@@ -84,41 +77,20 @@ def run_and_leave(main: Callable[[], None], say: str) -> None:
     os._exit(status or 0)
 
 
-def run_in_child(main: Callable[[], None], say: str, rescue: Callable[[], None]) -> None:
-    """`run_and_leave` in a child process, so that Ctrl-C ends it within seconds, with one line that ends in `say`.
-
-    While it compiles, makes keys or computes, Concrete holds the interpreter, up to minutes, and answers SIGINT with
-    SIGKILL of its own process (SignalGuard in its Python bindings), so that this process could not print anything.
-    rescue: called here after a run that was interrupted or killed; it shows what that run left on the disk.
-    """
-    received = []
-    signal.signal(signal.SIGINT, lambda *_: received.append(time.monotonic()))
-    child = os.fork()
-    if not child:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # never outlives this process, however that ends
-        run_and_leave(main, say)
-    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-        time.sleep(POLL_SECONDS)
-        if received and time.monotonic() - received[0] > PATIENCE:
-            os.kill(child, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(ended[1])
-    if not received and 0 <= status != INTERRUPTED:
-        sys.exit(status)
-    if status != INTERRUPTED:  # else the child has printed the line itself
-        what = "interrupted" if received else f"ended by {signal.Signals(-status).name}"  # as when memory runs out
-        print(f"\n{Path(sys.argv[0]).name}: {what}; {say}", file=sys.stderr)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    run(rescue)
-    sys.exit(INTERRUPTED if received or status == INTERRUPTED else 128 - status)
-
-
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keep the docstring's lines and show every default."""
+    """Keeps the docstring's lines and shows each option's default once."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default in (None, False) or "default" in action.help:
+            return action.help
+        if isinstance(action.default, tuple | list):
+            shown = " ".join(map(str, action.default)) or "none"
+            return f"{action.help} (default: {shown})"
+        return super()._get_help_string(action)
 
 
 def make_parser(doc: str) -> argparse.ArgumentParser:
-    """Parser with the options every script has; `doc` is the script's docstring."""
+    """Return a parser with the options that every script has; doc: the script's docstring."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="folder of the arrays")
     parser.add_argument("--workdir", type=Path, default=Path(), help="folder of models and results")
@@ -132,7 +104,7 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
 
 
 def number(kind: type[int] | type[float], low: float, high: float, what: str) -> Callable[[str], float]:
-    """argparse type: an int or float from `low` to `high`; `what` it must be is said of any other text."""
+    """Return an argparse type for an int or float from `low` to `high`; errors say that a text is not `what`."""
 
     def convert(text: str) -> float:
         try:
@@ -152,14 +124,15 @@ positive_float = number(float, sys.float_info.min, sys.float_info.max, "a positi
 
 
 def unwritable(path: Path, error: OSError) -> InputError:
-    """What to raise when `path` cannot be written."""
-    reason = error.strerror or first_line(error)
-    return InputError(f"{path}: cannot be written ({reason}); free space or name another folder")
+    """Return what to raise when `path` cannot be written; the remedy follows the cause."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "free space or name another folder" if full else "name another folder"
+    return InputError(f"{path}: cannot be written ({error.strerror or first_line(error)}); {remedy}")
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; it becomes `path` when all is written, and goes when that fails."""
+    """Yield a temporary name beside `path`, which becomes `path` when all is written and is deleted when that fails."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -191,12 +164,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def digest(content: bytes | str) -> str:
-    """First 64 bits of a SHA-256 as hexadecimal digits: enough to tell results apart, short enough for a column."""
+    """Return the first 64 bits of a SHA-256 in hexadecimal: enough to tell results apart, short enough for a column."""
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:16]
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, which may be larger than memory, as a hexadecimal string."""
+    """Return the SHA-256 of a file, which may be larger than memory, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -204,8 +177,13 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def cores() -> int:
+    """Return the number of cores that this process may use, which in a container can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine_facts() -> dict[str, Any]:
-    """Processor, its vector instructions, cores and versions, for the settings sheets."""
+    """Return processor, vector instructions, cores and versions, for the settings sheets."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -215,7 +193,7 @@ def machine_facts() -> dict[str, Any]:
         "host": platform.node(),
         "processor": names[0] if names else platform.processor(),
         "instruction_set": " ".join(flag for flag in INSTRUCTION_SETS if flag in flags),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "system": platform.platform(),
         "python": platform.python_version(),
         **{package: version(package) for package in packages},

@@ -1,258 +1,224 @@
-"""Step 5: encrypted runs of small networks, resumed ones, and the choice of what is deployed."""
+"""Step 5: what is run, resumed and refused. Most tests have a scheme without encryption; one has the real ones."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
 import sqlite3
 import subprocess
 import sys
-import threading
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
-import openpyxl
 import pandas as pd
 import pytest
-from conftest import ROOT, SMALL_LAYER, SPEED, command, options, refusal, small_network, three_inputs
+from conftest import ROOT, refusal, small_network, until
+from test_workers import cluster  # noqa: F401
 
 import fhe_experiments as step5
-from fhe_mlp import circuit, configuration, ec57, report
-from fhe_mlp.arrays import load_arrays, stratified_order
-from fhe_mlp.store import Store
+from fhe_mlp import encrypted, workers
+from fhe_mlp.dataset import load_dataset, stratified_order
+from fhe_mlp.experiments import Draws, configuration, jobs, report, tasks
+from fhe_mlp.quantized import QuantizedNetwork, signed_bits, to_onnx
 
-EXACT = str(2.0**-40)  # p_error of default PTQ: what differs then comes from approximate rounding
-WHOLE = ["--bits", "2", "3", "--batches", "2", "--rounding-bits", "5", "--p-error", EXACT]  # rounds nothing
-POLL_SECONDS = 0.05
-# What differs from run to run: times, and what the noise of encryption may touch.
-NOISY = re.compile(r"_time$|seconds|accuracy_simulated|outputs_equal|decisions_equal|_fhe|ciphertext")
+PLAIN = '''
+"""A scheme without encryption. A file in the folder HOOKS makes its server wait, or kill its process once."""
+import os, pathlib, pickle, signal
+import numpy as np
+
+class Scheme:
+    name = "plain"
+    def __init__(self, network, X, beats=4):
+        self.network, self.beats, self.numbers = network, beats, {"beats": beats}
+    accepts = staticmethod(lambda network: True)
+    def cost(self):
+        return {"pbs": 1, "complexity": 1e6, "widest_integer_bits": 8, "evaluation_keys_MB": 1.0, "security_bits": 0}
+    def simulate(self, X): return self.network.logits(X)
+    def client_part(self): return b""
+    def server_part(self): return pickle.dumps(self.network)
+    def client(self): return Client(self.numbers, self.client_part())
+    def server(self): return Server(self.server_part())
+
+class Client:
+    def __init__(self, numbers, content): pass
+    def make_keys(self): pass
+    def evaluation_keys(self): return b"keys"
+    def encrypt(self, X): return X.tobytes()
+    def decrypt(self, answer, beats): return np.frombuffer(answer)[:beats]
+
+class Server:
+    def __init__(self, content): self.network = pickle.loads(content)
+    def load_keys(self, keys): assert keys == b"keys"
+    def run(self, beats):
+        X = np.frombuffer(beats, np.float32).reshape(-1, self.network.features)
+        for hook in pathlib.Path(os.environ.get("HOOKS", "none")).glob(f"*-{self.network.bits}"):
+            hook.rename(hook.with_name(f"{os.getpid()}.done"))
+            if hook.name.startswith("kill"): os.kill(os.getpid(), signal.SIGKILL)
+            signal.pause()
+        return self.network.logits(X).tobytes()
+'''
+# What a process of its own does first, and each of its workers, since both find it in their PYTHONPATH.
+SITE = """
+import fhe_mlp.encrypted
+fhe_mlp.encrypted.__path__.append({folder!r})
+from fhe_mlp.experiments import jobs
+jobs.post_training = lambda *_: fhe_mlp.encrypted.scheme_module("none")  # in place of what takes seconds to load
+"""
 
 
-def steady(folder):
-    """The results of a folder's database, less the columns that no run repeats."""
-    rows = [json.loads(r) for (r,) in sqlite3.connect(folder / step5.DATABASE).execute("SELECT facts FROM results")]
-    rows = pd.DataFrame(rows).sort_values(["model_name", "q_bits", "batch"], ignore_index=True)
-    return rows[sorted(name for name in rows if not NOISY.search(name))]
+@contextmanager
+def in_this_process(shared, *_):
+    """Stand in for open_workers."""
+
+    def carry_out(function, jobs, waiting=None):
+        return ((number, function(shared, *job)) for number, job in enumerate(jobs))
+
+    yield SimpleNamespace(map=carry_out)
 
 
-@pytest.fixture(scope="module")
-def whole(arrays, tmp_path_factory):
-    """A run of two bit widths and two batches that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("whole")
-    step5.main(options(arrays, folder, *WHOLE))
+@pytest.fixture
+def plain(tmp_path_factory, monkeypatch):
+    """The scheme "plain", here and in processes that are started; returns the folder of its hooks."""
+    folder = tmp_path_factory.mktemp("plain")
+    (folder / "plain.py").write_text(PLAIN)
+    (folder / "sitecustomize.py").write_text(SITE.format(folder=str(folder)))
+    monkeypatch.setattr(encrypted, "__path__", [*encrypted.__path__, str(folder)])
+    monkeypatch.setenv("PYTHONPATH", f"{folder}:{ROOT}")
+    monkeypatch.setenv("HOOKS", str(folder))
+    for name in ("_compiled", "_sides"):
+        monkeypatch.setattr(jobs, name, {})
+    monkeypatch.setattr(jobs, "post_training", lambda *_: encrypted.scheme_module("none"))  # which raises ValueError
+    yield folder
+    sys.modules.pop("fhe_mlp.encrypted.plain", None)
+
+
+@pytest.fixture
+def here(plain, monkeypatch):
+    """The same, and jobs run in this process; returns the rows of each call that ran encrypted from here on."""
+    monkeypatch.setattr(step5, "open_workers", in_this_process)
+    for name in ("plot_frontier", "plot_steps"):  # which test_report.py looks at
+        monkeypatch.setattr(report, name, lambda *_: None)
+    ran, run_rows = [], jobs.run_rows
+    monkeypatch.setattr(jobs, "run_rows", lambda *them: ran.append(list(them[-1])) or run_rows(*them))
+    return ran
+
+
+def quantized(X, bits, neurons=2, seed=0):
+    """A network of random integers whose sums fit the rows X."""
+    rng, top = np.random.default_rng(seed), 2 ** (bits - 1) - 1
+    weights = rng.integers(-top, top + 1, (X.shape[1], neurons), np.int32)
+    tables = rng.integers(-100, 100, (neurons, 16), np.int32)
+    linear = rng.integers(-top, top + 1, X.shape[1], np.int32)
+    arrays = {"weights": weights, "bias": np.zeros(neurons, np.int32), "tables": tables, "linear": linear}
+    numbers = {"table_step": 0.01, "linear_scale": 0.1, "offset": 0.1, "tables_bits": 20, "linear_bits": 20}
+    network = QuantizedNetwork(bits, 4, 2.0**-6, 4, 0.4, 20 * bool(neurons), **numbers, **arrays)
+    if neurons:
+        network = replace(network, accumulator_bits=signed_bits(network.accumulators(X)))
+    return network.fitted(X)
+
+
+def networks(arrays, folder, seed=0, **neurons):
+    """Write small.onnx, and what step 3 would have quantized from it to 2 and 3 bits."""
+    X = load_dataset(arrays).train.X
+    small_network(folder / "small.onnx", widths=(32, 3, 1), seed=seed)
+    (folder / "quantized").mkdir(exist_ok=True)
+    for bits in (2, 3):
+        content = to_onnx(quantized(X, bits, neurons.get(f"at_{bits}", 2), seed)).SerializeToString()
+        (folder / "quantized" / f"small_{bits}bits.onnx").write_bytes(content)
     return folder
 
 
-@pytest.fixture
-def counted(monkeypatch):
-    """Labels of what is compiled, and of a machine that is measured, and rows that are run encrypted, from here on."""
-    made, ran = [], []
-    monkeypatch.setattr(circuit, "measure_speed", lambda *_: made.append("the machine") or circuit.Speed(**SPEED))
-    compile_circuit, run_encrypted = circuit.compile_circuit, circuit.run_encrypted
-    monkeypatch.setattr(circuit, "compile_circuit", lambda c: made.append(c.label) or compile_circuit(c))
-    monkeypatch.setattr(circuit, "run_encrypted", lambda m, row: ran.append(row) or run_encrypted(m, row))
-    return made, ran
+def options(arrays, folder, *more):
+    """Arguments of step 5 for the networks in `folder`."""
+    common = ["--data-dir", arrays, "--workdir", folder, "--models", folder / "small.onnx", "--bits", "2", "3"]
+    return [str(word) for word in (*common, "--scheme", "plain", "--samples", "2", *more)]
 
 
-def test_encrypted_decisions_equal_the_quantized_cleartext_ones(whole, arrays):
-    labels = load_arrays(arrays)["test"][1]
-    order = step5.describe(step5.parse_arguments(["--data-dir", str(arrays)])).order
-    for batch in (0, 1):
-        sheets = pd.read_excel(whole / f"results_batch_{batch}.xlsx", sheet_name=None)
-        rows, predictions = sheets["results"], sheets["predictions"]
-        assert list(rows.columns[:15]) == report.PUBLISHED_COLUMNS
-        assert list(rows["q_bits"]) == [2, 3]
-        assert (rows["status"] == "ok").all()
-        assert (rows["pbs"] == 3).all()
-        assert (rows[["decisions_equal_clear", "outputs_equal_clear"]] == 2).all(axis=None)
-        assert (rows["num_items"] == 2).all()
-        positive = ["compile_time", "keygen_time", "encrypt_seconds", "run_seconds", "decrypt_seconds", "complexity"]
-        positive += ["evaluation_keys_MB", "secret_keys_kB", "input_ciphertext_kB", "output_ciphertext_kB"]
-        assert (rows[positive] > 0).all(axis=None)
-        assert (predictions["decision_fhe"] == predictions["decision_clear"]).all()
-        assert set(predictions["test_row"]) <= set(order[50 * batch : 50 * batch + 50])
-        np.testing.assert_array_equal(predictions["label"], labels[predictions["test_row"]])
-        for _, row in rows.iterrows():
-            mine = predictions[predictions["q_bits"] == row["q_bits"]]
-            assert row["accuracy_fhe"] == pytest.approx((mine["decision_fhe"] == mine["label"]).mean())
-            assert row["perc_ones_pred_fhe"] == pytest.approx(100 * mine["decision_fhe"].mean())
-            assert row["perc_ones_gt"] == pytest.approx(100 * mine["label"].mean())
-            parts = mine[["encrypt_seconds", "run_seconds", "decrypt_seconds"]]
-            assert row["fhe_time"] == pytest.approx(parts.to_numpy().sum(), rel=1e-4)
-            assert row["accuracy_fhe_low95"] - 1e-9 < row["accuracy_fhe"] < row["accuracy_fhe_high95"] + 1e-9
-        settings = dict(sheets["settings"].to_numpy())
-        assert (rows["p_error"] == float(EXACT)).all()
-        assert settings["concrete-ml"] == "1.9.0"
-        assert (rows["security_bits"] == 128).all()
-    summary = pd.read_excel(whole / "fhe_summary.xlsx", sheet_name=None)
-    assert (summary["summary"]["n"] == 4).all()
-    assert summary["summary"]["on_front"].any()
-    compared = summary["comparison"].query("compared == True")
-    assert list(compared["pbs"]) == [4]  # three ReLU and the sigmoid
-    ratio = compared["complexity"].iloc[0] / summary["summary"]["complexity"]
-    np.testing.assert_allclose(summary["summary"]["complexity_ratio_default_ptq"], ratio)
-    sheet = openpyxl.load_workbook(whole / "results_batch_0.xlsx")["results"]
-    assert (sheet.freeze_panes, sheet["G2"].number_format) == ("B2", "0.0000")
-    assert (whole / "fhe_frontier.png").read_bytes().startswith(b"\x89PNG")
+def start(arrays, folder, *more):
+    """Run step 5 in a process of its own."""
+    command = [sys.executable, ROOT / "fhe_experiments.py", *options(arrays, folder, *more)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, start_new_session=True, **pipes)
 
 
-def test_cleartext_accuracy_is_that_of_the_quantized_network_on_the_whole_test_set(whole, arrays):
-    data = load_arrays(arrays)
-    calibration = step5.describe(step5.parse_arguments(["--data-dir", str(arrays)])).calibration
-    setting = configuration.Setting(5, float(EXACT), 0.0)
-    module = circuit.quantize(configuration.load_configuration(whole / "small.onnx", 3, setting, data, calibration, {}))
-    accuracy = ec57.balanced_accuracy(circuit.outputs(module, data["test"][0], "disable") > 0, data["test"][1])
-    rows = steady(whole).query("q_bits == 3")
-    assert list(rows["balanced_accuracy_test_set"]) == pytest.approx([accuracy] * 2, abs=1e-9)
-    assert (rows["test_set_rows"] == len(data["test"][1])).all()
-
-
-def test_the_reference_evaluates_the_sigmoid_and_does_not_round(arrays, tmp_path):
-    step5.main(options(arrays, tmp_path, "--bits", "2", "--reference"))
-    sheets = pd.read_excel(tmp_path / "results_batch_0.xlsx", sheet_name=None)
-    row = sheets["results"].iloc[0]
-    assert row["pbs"] == 4  # three ReLU and the sigmoid
-    assert sheets["predictions"]["output_clear"].between(0, 1).all()
-    assert row["outputs_equal_clear"] == 2  # without rounding the encrypted output is exact
-    assert (row["quantization"], row["p_error"]) == ("default PTQ", 2.0**-40)
-    assert pd.isna(row["rounding_bits"])
-
-
-def test_rows_are_drawn_by_class_and_record_whatever_else_is_run():
-    """Of 1,000 beats of ten records, 30 are S, 60 V, 6 F; the ten rows of the first batch have all classes."""
-    aami = np.array(["S"] * 30 + ["V"] * 60 + ["F"] * 6 + ["N"] * 904)
-    beats = pd.DataFrame({"record": [str(k % 10) for k in range(1000)], "aami": aami})
-    order = stratified_order(beats, 42)
-    assert sorted(order) == list(range(1000))
-    assert (order != stratified_order(beats, 43)).any()
-    first = step5.drawn_rows(0, 50, 10, order)
-    assert beats["aami"][first].value_counts().to_dict() == {"N": 5, "S": 2, "V": 2, "F": 1}
-    normal = [k for k in order[:100] if aami[k] == "N"]
-    assert len(normal) == 52  # half, and what F leaves when it has run out
-    assert set(beats["record"][normal].value_counts()) <= {5, 6}  # of each of the ten records
-    assert set(step5.drawn_rows(7, 50, 10, order)) < set(order[350:400])
-    assert len(step5.drawn_rows(2, 50, 10, order[:105])) == 5
-
-
-def test_a_machine_is_measured_on_one_small_layer_after_a_run_that_warms_up(small_settings, monkeypatch):
-    seconds, ran = iter([9.0, 1.0, 2.0, 30.0]), []
-    monkeypatch.setattr(circuit, "run_encrypted", lambda m, row: ran.append(m) or {"run_seconds": next(seconds)})
-    monkeypatch.setattr(circuit, "make_keys", lambda m: 5.0)
-    speed, layer = small_settings(configuration.Setting(4, float(EXACT), 0.0), 42), ran[0].fhe_circuit
-    assert layer.programmable_bootstrap_count == SMALL_LAYER["MEASURED_NEURONS"]
-    assert speed.unit == 2.0 / layer.complexity
-    assert speed.key_byte == 5.0 / circuit.key_bytes(layer)
-    assert speed.simulated_pbs > 0
-
-
-# Resumed and interrupted runs
-
-
-def test_a_killed_run_is_resumed_and_gives_what_an_undisturbed_one_gives(whole, arrays, tmp_path, counted):
-    argv = options(arrays, tmp_path, *WHOLE)
-    told = "add = s.Store.add\ns.Store.add = lambda *a: (add(*a), print('stored', flush=True))"
-    process = subprocess.Popen(
-        command(*argv, prelude=told), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+def stored(folder):
+    """Encrypted outputs by bits and test row, from the database of a folder."""
+    query = (
+        "SELECT json_extract(facts, '$.q_bits'), test_row, output_fhe FROM runs JOIN configurations USING (identity)"
     )
-    assert any(line == "stored\n" for line in process.stdout)
-    process.kill()
-    process.stdout.read()  # until its child, which has the database, has ended too
-    process.wait()
-    with Store(tmp_path / step5.DATABASE) as store:
-        (done,) = store.connection.execute("SELECT count(*) FROM results").fetchone()
-    step5.main(argv)
-    made, ran = counted
-    assert 1 <= done <= 4
-    left = [2 - min(done, 2), 4 - max(done, 2)]  # batches of each of the two configurations
-    assert sum("small" in label for label in made) == (left[0] > 0) + (left[1] > 0)
-    assert len(ran) == sum(1 + 2 * batches for batches in left if batches)
-    pd.testing.assert_frame_equal(steady(tmp_path), steady(whole), check_dtype=False)
+    found = sqlite3.connect(folder / step5.DATABASE).execute(query)
+    return {(bits, row): output for bits, row, output in found}
 
 
-@pytest.fixture
-def scheduler(tmp_path):
-    """Address of a scheduler, and the processes of its two workers (without a nanny: a killed one stays dead)."""
-    file = tmp_path / "scheduler.json"
-    environment = {**os.environ, "DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "0"}
-    dask = [sys.executable, "-m", "dask"]
-    started = [
-        subprocess.Popen(
-            [*dask, "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)],
-            cwd=ROOT,
-            env=environment,
-            stderr=subprocess.DEVNULL,
+def shown(folder, name="results_batch_0.xlsx", sheet="results"):
+    return pd.read_excel(folder / name, sheet_name=sheet)
+
+
+def test_decisions_accuracies_and_costs_are_those_of_the_networks(arrays, tmp_path, here, capsys):
+    data = load_dataset(arrays)
+    step5.main(options(arrays, networks(arrays, tmp_path), "--samples", "12", "--batches", "2"))
+    order = stratified_order(data.test.beats, 42)
+    for batch in (0, 1):
+        rows, runs = shown(tmp_path, f"results_batch_{batch}.xlsx"), shown(tmp_path, f"results_batch_{batch}.xlsx", 1)
+        assert " ".join(rows.columns[:17]) == (
+            "model_name num_items batch q_bits compile_time clear_time accuracy_clear perc_ones_gt perc_zeros_gt "
+            "perc_ones_pred_clear perc_zeros_pred_clear fhe_time accuracy_fhe perc_ones_pred_fhe perc_zeros_pred_fhe "
+            "status reason"
         )
-    ]
-    try:
-        while not file.exists():  # which the scheduler writes when it listens
-            with pytest.raises(subprocess.TimeoutExpired):  # unless it ends
-                started[0].wait(POLL_SECONDS)
-        for name in ("first", "second"):
-            flags = ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--name", name]
-            worker = [*dask, "worker", "--scheduler-file", str(file), *flags, "--local-directory", str(tmp_path)]
-            started.append(subprocess.Popen(worker, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL))
-        yield json.loads(file.read_text())["address"], started[1:]
-    finally:
-        for process in reversed(started):
-            process.kill()
-            process.wait()
+        assert rows[["q_bits", "status", "num_items"]].to_numpy().tolist() == [[2, "ok", 12], [3, "ok", 12]]
+        for bits, own in runs.groupby("q_bits"):
+            index = own["test_row"].to_numpy()
+            assert set(index) == set(order[50 * batch :][:12])
+            logits = quantized(data.train.X, bits).logits(data.test.X)
+            for column in ("output_clear", "output_fhe"):
+                np.testing.assert_allclose(own[column], logits[index])
+            row = rows[rows["q_bits"] == bits].iloc[0]
+            decisions, y = logits > 0, data.test.y
+            assert row["accuracy_fhe"] == row["accuracy_clear"] == pytest.approx(np.mean(decisions[index] == y[index]))
+            assert row["perc_ones_gt"] == pytest.approx(100 * y[index].mean())
+            assert row["accuracy_simulated"] == row["accuracy_clear_same_rows"]
+            assert row["balanced_accuracy_test_set"] == pytest.approx(data.test.figures(decisions)["balanced_accuracy"])
+            seconds = own[["encrypt_seconds", "run_seconds", "decrypt_seconds"]].to_numpy()
+            assert row["fhe_time"] == pytest.approx(seconds.sum())
+            assert (row["decisions_equal_clear"], row["agreement"], row["test_set_rows"]) == (12, 1, len(y))
+    assert sorted(map(len, here)) == [1] * 6 + [3] * 2 + [9] * 4  # three of a configuration alone, then nine together
+    assert "2 configurations to do, 2 of them encrypted, on 48 rows in all" in capsys.readouterr().out
+    summary = shown(tmp_path, "fhe_summary.xlsx", "summary")
+    assert summary["n"].tolist() == [24, 24]
+    assert summary["on_front"].any()
 
 
-def test_a_killed_worker_loses_only_its_own_configuration_which_is_done_elsewhere(
-    whole, arrays, tmp_path, scheduler, monkeypatch
-):
-    from distributed import Client
-
-    address, workers = scheduler
-    lost, sent, submit = [], threading.Event(), Client.submit
-    monkeypatch.setattr(Client, "submit", lambda *call, **options: (submit(*call, **options), sent.set())[0])
-
-    def kill_a_busy_worker():
-        sent.wait()
-        with Client(address) as client:
-            busy = {}
-            while not busy:
-                busy = {w: tasks for w, tasks in client.processing().items() if tasks}
-            name = client.scheduler_info()["workers"][next(iter(busy))]["name"]
-            lost.append(next(iter(busy.values())))
-            os.kill(workers[["first", "second"].index(name)].pid, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill_a_busy_worker)
-    killer.start()
-    step5.main(options(arrays, tmp_path, *WHOLE, "--scheduler", address))
-    killer.join()
-    assert lost
-    assert sum(worker.poll() is not None for worker in workers) == 1
-    rows = steady(tmp_path)
-    pd.testing.assert_frame_equal(rows, steady(whole), check_dtype=False)
-    assert (rows["status"] == "ok").all()
-    assert (rows["host"] == os.uname().nodename).all()
-    assert (rows["cores"] == len(os.sched_getaffinity(0))).all()
-
-
-def test_a_finished_run_computes_nothing_and_its_workbooks_can_be_written_anew(
-    whole, arrays, tmp_path, counted, capsys
-):
-    (tmp_path / step5.DATABASE).write_bytes((whole / step5.DATABASE).read_bytes())
-    argv = options(arrays, tmp_path, *WHOLE, "--bits", "2", "3", "3")
-    for more in ([], ["--report"]):
+def test_more_samples_run_only_the_new_rows_and_workbooks_are_a_view(arrays, tmp_path, here, capsys):
+    argv = options(arrays, networks(arrays, tmp_path), "--samples", "10")
+    step5.main(argv)
+    first = stored(tmp_path)
+    here.clear()
+    step5.main([*argv, "--samples", "20"])
+    assert sum(map(len, here)) == 2 * 10
+    both, before = stored(tmp_path), shown(tmp_path)
+    assert first.items() <= both.items()
+    assert len(both) == 2 * 20
+    here.clear()
+    for more in (["--samples", "20"], ["--report"]):
+        (tmp_path / "results_batch_0.xlsx").unlink()
         step5.main([*argv, *more])
-        for name in ("results_batch_0.xlsx", "results_batch_1.xlsx", "fhe_summary.xlsx"):
-            pd.testing.assert_frame_equal(pd.read_excel(tmp_path / name), pd.read_excel(whole / name))
-            (tmp_path / name).unlink()
-    assert counted == ([], [])
+        pd.testing.assert_frame_equal(shown(tmp_path), before)
+    step5.main([*argv, "--batch-size", "10"])
+    assert [shown(tmp_path, f"results_batch_{k}.xlsx")["num_items"].tolist() for k in (0, 1)] == [[10, 10]] * 2
+    assert not here
     assert "all 2 configurations are finished" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("what", ["more bits", "setting", "network", "data", "program"])
-def test_rows_of_another_experiment_stay_apart_and_more_of_the_same_joins(
-    whole, arrays, tmp_path, monkeypatch, counted, what
-):
-    (tmp_path / step5.DATABASE).write_bytes((whole / step5.DATABASE).read_bytes())
-    data, bits, p_error = arrays, "2", EXACT
+@pytest.mark.parametrize("what", ["network", "data", "seed", "program", "scheme"])
+def test_results_of_another_experiment_stay_apart(arrays, tmp_path, here, monkeypatch, what):
+    step5.main(options(arrays, networks(arrays, tmp_path)))
+    data, more = arrays, []
     if what == "network":
-        small_network(tmp_path / "small.onnx", widths=(32, 3, 1), edit=three_inputs, seed=1)
+        networks(arrays, tmp_path, seed=1)
     if what == "data":
         data = tmp_path / "data"
         data.mkdir()
@@ -260,40 +226,230 @@ def test_rows_of_another_experiment_stay_apart_and_more_of_the_same_joins(
             np.save(data / path.name, np.load(path)[1:])
     if what == "program":
         monkeypatch.setattr(configuration, "RESULT_VERSION", configuration.RESULT_VERSION + 1)
-    if what == "more bits":
-        bits = "4"
-    if what == "setting":
-        p_error = "0.001"
-    more = ["--bits", bits, "--batches", "1", "--p-error", p_error, "--max-seconds", "1e-9"]  # a row all the same
-    step5.main(options(data, tmp_path, *WHOLE, *more))
-    assert next(label for label in counted[0] if "small" in label) == f"small at {bits} bits"
-    rows = pd.read_excel(tmp_path / "results_batch_0.xlsx")
-    assert list(rows["q_bits"]) == ([2, 3, 4] if what == "more bits" else [2])
-    assert len(steady(tmp_path)) == 5  # the four that were there, and the new one
+    if what == "seed":
+        more = ["--seed", "43"]
+    if what == "scheme":
+        more = ["--scheme", "tfhe", "--max-seconds", "1e-9"]
+        monkeypatch.setattr(jobs, "choose", lambda network, name: encrypted.choose(network, "plain"))
+    here.clear()
+    step5.main(options(data, tmp_path, *more))
+    assert sum(map(len, here)) == (0 if what == "scheme" else 4)
+    assert len(shown(tmp_path)) == 2
 
 
-# What is deployed, and what is refused
+@pytest.mark.parametrize(
+    ("changed", "more", "status", "reason"),
+    [
+        ({"complexity": 1e15}, ["--max-seconds", "1"], "too slow", "predicted .* over --max-seconds 1"),
+        ({"evaluation_keys_MB": 1e9}, [], "too large", "needs about 2200000.0 GB of memory"),
+        ({"complexity": 0}, ["--max-seconds", "1e-9"], "too slow", "measured .* over --max-seconds 1e-09"),
+        (RuntimeError("NoParametersFound\nsecond line"), [], "cannot compile", "NoParametersFound$"),
+    ],
+)
+def test_a_refused_configuration_is_a_row_and_a_line(
+    arrays, tmp_path, here, monkeypatch, capsys, changed, more, status, reason
+):
+    argv, scheme = options(arrays, networks(arrays, tmp_path)), encrypted.scheme_module("plain").Scheme
+    cost = scheme.cost
+
+    def change(self):
+        if self.network.bits == 3 and isinstance(changed, Exception):
+            raise changed
+        return cost(self) | (changed if self.network.bits == 3 else {})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scheme, "cost", change)
+        step5.main([*argv, *more])
+    row = shown(tmp_path).set_index("q_bits").loc[3]
+    assert row["status"] == status
+    assert re.match(reason, row["reason"])
+    assert (row["balanced_accuracy_test_set"] > 0) == (status != "cannot compile")
+    assert pd.isna(row["accuracy_fhe"])
+    assert f"small at 3 bits: {status}, {row['reason']}\n" in capsys.readouterr().out
+    step5.main(argv)
+    again = shown(tmp_path).set_index("q_bits").loc[3]
+    assert again["status"] == ("ok" if status == "too slow" else status)  # the limit is gone, the memory is not larger
+
+
+def test_what_breaks_while_running_is_a_row_and_finished_rows_stay(arrays, tmp_path, here, monkeypatch):
+    run_rows = jobs.run_rows
+
+    def fails(*them):
+        if len(here) == 3:
+            raise MemoryError
+        return run_rows(*them)
+
+    monkeypatch.setattr(jobs, "run_rows", fails)
+    argv = options(arrays, networks(arrays, tmp_path))
+    step5.main(argv)
+    assert shown(tmp_path)[["status", "reason"]].fillna("").to_numpy().tolist() == [
+        ["ok", ""],
+        ["failed", "MemoryError"],
+    ]
+    assert len(stored(tmp_path)) == 3
+    monkeypatch.setattr(jobs, "run_rows", run_rows)
+    step5.main(argv)
+    assert (shown(tmp_path)["status"] == "ok").all()
+    assert len(here) == 4
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(arrays, tmp_path, here, capsys):
+    before = sorted(networks(arrays, tmp_path).iterdir())
+    step5.main(options(arrays, tmp_path, "--dry-run"))
+    printed = capsys.readouterr().out
+    assert sorted(tmp_path.iterdir()) == before
+    for word in ("complexity", "predicted_seconds", "evaluation_keys_MB", "predicted_memory_MB", "minutes"):
+        assert word in printed
+    assert "2 configurations to do, 2 of them encrypted, on 4 rows in all: about 0.0 min" in printed
+    assert not here
+
+
+def test_jobs_take_about_as_long_as_a_kill_may_lose():
+    task = tasks.Task(None, {"status": "ok"}, np.arange(30), beats=4, seconds=30 * 12.0)
+    found = [[len(call) for call in job] for job in task.calls()]
+    assert found == [[1] * 3, *[[4]] * 6, [3]]
+    task.seconds = 1.0
+    assert [[len(call) for call in job] for job in task.calls()] == [[1] * 3 + [4] * 6 + [3]]
+
+
+def test_rows_are_drawn_by_class_and_record_whatever_else_is_run():
+    """Of 1,000 beats of ten records, 30 are S, 60 V, 6 F; the ten rows of the first batch have all classes."""
+    aami = np.array(["S"] * 30 + ["V"] * 60 + ["F"] * 6 + ["N"] * 904)
+    beats = pd.DataFrame({"record": [str(k % 10) for k in range(1000)], "aami": aami})
+    draws = Draws(stratified_order(beats, 42), 50, 10, range(7, 9))
+    assert beats["aami"][draws.rows(0)].value_counts().to_dict() == {"N": 5, "S": 2, "V": 2, "F": 1}
+    assert set(draws.batch_of(draws.rows(7))) == {7}
+    np.testing.assert_array_equal(np.sort(draws.all_rows), np.sort(np.concatenate([draws.rows(7), draws.rows(8)])))
+
+
+# Processes that die
+
+
+def run_until_it_waits(arrays, folder, hooks):
+    """Start a run whose second configuration waits for ever; returns it and that worker, once the first is stored."""
+    (hooks / "wait-3").touch()
+    process = start(arrays, networks(arrays, folder))
+    until(lambda: (list(hooks.glob("*.done")) and len(stored(folder)) == 2) or process.poll() is not None)
+    (hook,) = hooks.glob("*.done")
+    return process, Path("/proc", hook.stem)
+
+
+def test_others_read_while_a_run_writes_and_it_is_resumed_after_a_kill(arrays, tmp_path, plain, capsys):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    process, worker = run_until_it_waits(arrays, killed, plain)
+    step5.main(options(arrays, killed, "--report"))
+    assert shown(killed)["status"].tolist() == ["ok", "unfinished"]
+    assert "another run writes to it" in refusal(step5.main, options(arrays, killed), capsys)
+    process.kill()
+    process.communicate()
+    until(lambda: not worker.exists())
+    for folder in (networks(arrays, whole), killed):
+        assert start(arrays, folder).wait() == 0
+    assert stored(killed) == stored(whole)
+    assert (shown(killed)["status"] == "ok").all()
+
+
+def test_ctrl_c_ends_the_run_says_how_to_resume_and_shows_what_is_finished(arrays, tmp_path, plain):
+    process, worker = run_until_it_waits(arrays, tmp_path, plain)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    lines = [line for line in errors.splitlines() if line.startswith("fhe_experiments.py: ")]
+    assert lines == [f"fhe_experiments.py: interrupted; {step5.RESUME}"]
+    assert "Traceback" not in errors
+    until(lambda: not worker.exists())
+    assert shown(tmp_path)["status"].tolist() == ["ok", "unfinished"]
+    assert (tmp_path / "fhe_summary.xlsx").exists()
+
+
+@pytest.mark.parametrize("where", ["here", "dask"])
+def test_a_worker_that_is_killed_costs_one_job(arrays, tmp_path, plain, cluster, where):  # noqa: F811
+    more = []
+    if where == "dask":
+        dask = cluster()
+        for _ in range(2):
+            dask.worker()
+        more = ["--scheduler", dask.address]
+    (plain / "kill-3").touch()
+    process = start(arrays, networks(arrays, tmp_path), *more)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert len(list(plain.glob("*.done"))) == 1
+    assert (shown(tmp_path)["status"] == "ok").all()
+    assert len(stored(tmp_path)) == 4
+
+
+def test_a_job_under_which_all_workers_died_is_a_failed_row(arrays, tmp_path, here, monkeypatch):
+    encrypt = jobs.encrypt
+
+    def deadly(experiment, key, calls):
+        bits = experiment.configurations[key].bits
+        return workers.LOST if bits == 3 else encrypt(experiment, key, calls)
+
+    monkeypatch.setattr(jobs, "encrypt", deadly)
+    step5.main(options(arrays, networks(arrays, tmp_path)))
+    rows = shown(tmp_path)
+    assert rows["status"].tolist() == ["ok", "failed"]
+    assert rows["reason"][1] == "its workers died, several in a row"
+
+
+# The schemes of the pipeline, and what is refused
+
+
+def test_networks_run_by_the_schemes_that_accept_them_in_processes_of_their_own(arrays, tmp_path):
+    folder = networks(arrays, tmp_path, at_2=0)
+    argv = options(arrays, folder, "--bits", "2", "3", "4", "--rounding-bits", "4", "--p-error", "0.01")
+    del argv[argv.index("--scheme") : argv.index("--scheme") + 2]
+    code = (
+        "import sys, fhe_experiments as step5\n"
+        "step5.SIMULATED_ROWS = 40\nstep5.main(sys.argv[1:])\n"
+        "assert not {'concrete', 'torch', 'concrete_ml_extensions'} & {name.split('.')[0] for name in sys.modules}"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "CUDA" not in done.stderr
+    rows = shown(folder).set_index("q_bits")
+    assert rows["reason"].isna().all()
+    assert rows["scheme"].to_dict() == {2: "packed", 3: "tfhe", 4: "concrete-ml"}
+    assert rows["quantization"].to_dict() == {2: "quantization-aware", 3: "quantization-aware", 4: "post-training"}
+    assert rows["pbs"].to_dict() == {2: 0, 3: 2, 4: 3}
+    assert rows.loc[2, "agreement"] == 1  # bootstraps may be off by a step
+    assert rows["noisy_balanced_accuracy_test_set"].notna().tolist() == [False, True, False]
+    assert rows["post_training_balanced_accuracy_test_set"].notna().tolist() == [True, True, False]
+    positive = ["compile_time", "keygen_time", "encrypt_seconds", "run_seconds", "decrypt_seconds"]
+    positive += ["evaluation_keys_MB", "input_ciphertext_kB", "output_ciphertext_kB"]
+    assert (rows[positive] > 0).all(axis=None)
 
 
 def test_of_configurations_that_cost_the_same_the_one_of_the_most_bits_is_exported():
     found = [(1.9e9, 0.971, 5), (2.870e9, 0.986, 5), (2.871e9, 0.980, 6), (2.871e9, 0.983, 6), (5e9, 0.987, 7)]
     facts = [{"complexity": c, "balanced_accuracy_validation": a, "q_bits": b} for c, a, b in found]
-    assert step5.best_for_export(facts, 0.01) == 3
-    assert step5.best_for_export(facts, 0.02) == 0
-    assert step5.best_for_export(facts, 0.0005) == 4
+    assert [step5.best_for_export(facts, loss) for loss in (0.01, 0.02, 0.0005)] == [3, 0, 4]
 
 
-def test_export_considers_all_named_networks_and_compiles_each_once(arrays, tmp_path, counted, capsys):
-    other = small_network(tmp_path / "other.onnx", widths=(32, 3, 1), seed=1)
-    argv = options(arrays, tmp_path, "--bits", "3", "4", "--export", str(tmp_path / "deployed"))
-    argv[argv.index("--models") + 2 : argv.index("--models") + 2] = [str(other)]
-    step5.main(argv)
-    labels = [f"{name} at {bits} bits" for name in ("small", "other") for bits in (3, 4)]
-    assert counted[0] == labels
-    model = json.loads((tmp_path / "deployed" / "client" / "model.json").read_text())
-    assert model["name"] in labels
-    assert model["leads"] is None  # these arrays come without dataset.json
-    assert [feature["name"] for feature in model["features"]] == [f"feature_{k}" for k in range(32)]
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    assert "is there already" in refusal(step5.main, argv, capsys)
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+def test_bad_input_is_refused_before_anything_is_written(arrays, tmp_path, capsys):
+    common = ["--data-dir", arrays, "--workdir", tmp_path]
+
+    def refused(*more):
+        return refusal(step5.main, [*common, *more], capsys)
+
+    assert "h5_onnx_converter.py" in refused()
+    good = networks(arrays, tmp_path) / "small.onnx"
+    assert "none.onnx: not found" in refused("--models", good, tmp_path / "none.onnx")
+    assert "32 features" in refused("--models", small_network(tmp_path / "narrow.onnx", widths=(31, 2, 1)))
+    assert "batch 99 does not exist" in refused("--models", good, "--start-batch", "99")
+    values = {"--bits": "1", "--rounding-bits": "9", "--max-seconds": "nan", "--p-error": "1.5", "--scheme": "rot13"}
+    for option, value in {**values, "--scheduler": "local:0"}.items():
+        assert option in refused("--models", good, option, value)
+    assert "same name" in refused("--models", good, good)
+    for more in (["--dry-run"], ["--report"], ["--scheduler", "local:1"], ["--post-training"]):
+        assert "--export" in refused("--models", good, "--export", tmp_path / "new", *more)
+    assert "no result" in refused("--models", good, "--report")
+    assert "is the --workdir itself" in refused("--models", good, "--beside", tmp_path)
+    assert "fhe_steps.csv: " in refused("--models", good, "--beside", tmp_path / "quantized")
+    assert "small.onnx: cannot be written" in refused("--models", good, "--workdir", good)
+    (tmp_path / "quantized" / "small_2bits.onnx").write_bytes(good.read_bytes())
+    assert "is not a valid quantized network" in refused("--models", good)
+    assert not list(tmp_path.glob("*.xlsx")) + list(tmp_path.glob("*.sqlite"))

@@ -1,0 +1,138 @@
+"""What travels between client.py and server.py: archives of evaluation keys, encrypted beats and encrypted answers.
+
+An archive is an uncompressed .zip: header.json, which states what the payloads are and belong to, and an entry "0", "1"
+... for each payload. It comes from somebody else: the names in it are never used as paths, and no entry is read before
+all are known to fit into the file. One payload at a time is in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fhe_mlp.cli import InputError, first_line, whole_file
+from fhe_mlp.encrypted import ANSWERS, BEATS, scheme_module
+
+SECRET_KEYS = "secret keys"  # an archive that never travels
+VERSION = 3  # of the layout of an archive
+HEADER, HEADER_BYTES = "header.json", 10_000  # its name and most bytes that are read; ours has about 200
+START = rb'PK\x03\x04.{26}header\.json\{"kind": "%b"'  # pattern of how an archive of a kind begins
+MODEL, CLIENT_PART, SERVER_PART = "model.json", "client_part.bin", "server_part.bin"  # beside client.py and server.py
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an archive holds, and in hexadecimal digits what it belongs to."""
+
+    kind: str  # KEYS, BEATS, ANSWERS or SECRET_KEYS
+    model: str  # SHA-256 of the server's part of the network
+    key: str  # random name of the keys
+    beats: str = "0"  # random name of the beats; 0 in archives of keys
+    count: int = 1  # of beats, or of keys
+    version: int = VERSION
+
+
+class Archive:
+    """An archive that was checked as a whole: its `header`, and as `spans` the range of beats in each payload."""
+
+    def __init__(
+        self, path: Path, kind: str, model: dict[str, Any], check: Callable[[str, bytes], None] | None = None
+    ) -> None:
+        """Open and check an archive of `kind` for `model`, the content of model.json.
+
+        check: raises ValueError for a kind and a payload that no library should see. Raises InputError for an archive
+        that is damaged, of another kind or for another model, OSError for a file that cannot be opened.
+        """
+        self.path, self.kind, self.check = path, kind, check
+        file = path.open("rb")
+        with self._reading():
+            self.zip = zipfile.ZipFile(file)
+            entries = self.zip.infolist()
+            stored = all(e.compress_type == zipfile.ZIP_STORED and e.file_size == e.compress_size for e in entries)
+            if not stored or sum(e.file_size for e in entries) > path.stat().st_size:  # they may claim the same bytes
+                raise ValueError("its entries are compressed, or claim to be larger than the file")
+            if self.zip.getinfo(HEADER).file_size > HEADER_BYTES:
+                raise ValueError("its header is too long")
+            self.header = header = Header(**json.loads(self.zip.read(HEADER)))
+            if (header.kind, header.version) != (kind, VERSION):
+                found = f"{str(header.kind)[:40]!r}, version {str(header.version)[:10]!r}"
+                raise InputError(f"{path}: holds {found}; expected are {kind!r}, version '{VERSION}'")
+            if not all(re.fullmatch("[0-9a-f]{1,64}", name) for name in (header.model, header.key, header.beats)):
+                raise ValueError("its header names no model, keys and beats")
+            check_same("model", path, header.model, model["model"], "client and server must come from one export")
+            count, of_beats = header.count, kind in (BEATS, ANSWERS)
+            size = model["numbers"]["beats"] if of_beats else 1
+            if type(count) is not int or count < of_beats or -(-count // size) != len(entries) - 1:
+                raise ValueError("its header counts other payloads than there are")
+            self.spans = [range(first, min(first + size, count)) for first in range(0, count, size)]
+        for number in range(len(self.spans) or 1):  # now, rather than after hours of computing
+            self.payload(number)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turn what is raised on a damaged file, by zipfile a dozen unrelated types, into InputError."""
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            why = f"is truncated or damaged ({first_line(error)})"
+            raise InputError(f"{self.path}: {why}; have it sent again, or restore it from a copy") from None
+
+    def payload(self, number: int = 0) -> bytes:
+        """Return one payload, checked; b"" for the keys of a scheme that has none. Raises InputError."""
+        with self._reading():
+            content = self.zip.read(str(number)) if self.spans else b""
+            if self.check:
+                self.check(self.kind, content)
+        return content
+
+
+def write_archive(path: Path, header: Header, payloads: Iterable[bytes]) -> None:
+    """Write an archive, whole or not at all, each payload as it comes. Raises InputError where it cannot be written."""
+    with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        archive.writestr(HEADER, json.dumps(asdict(header)))
+        for number, payload in enumerate(payloads):
+            archive.writestr(str(number), payload)
+    print(f"wrote {path} ({header.kind}: {header.count}, {path.stat().st_size / 1e6:.2f} MB)", flush=True)
+
+
+def check_replaceable(path: Path, start: bytes) -> None:
+    """Raise InputError where `path` exists and does not begin with the pattern `start` of our own files."""
+    if path.exists():
+        with path.open("rb") as file:
+            if not re.match(start, file.read(200), re.DOTALL):
+                raise InputError(f"{path}: exists and is not an earlier output of this command; name another --output")
+
+
+def check_same(what: str, path: Path, found: str, expected: str, remedy: str) -> None:
+    """Raise InputError where the file at `path` is for another `what` than expected."""
+    if found != expected:
+        raise InputError(f"{path}: is for {what} {found}, here is {what} {expected}; {remedy}")
+
+
+def read_export(folder: Path, part: str) -> tuple[dict[str, Any], bytes]:
+    """Return the content of MODEL, and of CLIENT_PART or SERVER_PART, in the folder of an exported side.
+
+    Raises InputError where one of them is damaged, or a library has another version than where it was exported.
+    """
+    try:
+        model, content = json.loads((folder / MODEL).read_text(encoding="utf-8")), (folder / part).read_bytes()
+        if hashlib.sha256(content).hexdigest() != model["parts"][part]:
+            raise ValueError(f"{part} is damaged")
+        installed = scheme_module(model["scheme"]).Server.versions()
+    except ImportError as error:
+        raise InputError(f"{first_line(error)}; pip install -r requirements.txt") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: cannot be used ({first_line(error)}); restore it from the export") from None
+    for library, version in model["versions"].items() - installed.items():
+        found = f"{library} {installed.get(library)} is installed, {version} is needed"
+        raise InputError(f"{found}; pip install -r requirements.txt")
+    return model, content

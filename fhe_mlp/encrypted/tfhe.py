@@ -1,0 +1,256 @@
+"""TFHE with Concrete: a network with neurons, its integers compiled as they are, a lookup table (PBS) a neuron.
+
+The circuit has two functions that share their keys: `beat` computes one beat, `beats` as many as a payload holds, which
+is filled up with zeros. Concrete converts the bootstrapping key anew at each call, which takes as long as a beat of a
+few neurons, so that many beats in one call take half the time of as many calls. The two parts are Concrete's client.zip
+and its server.zip, the latter for processors of this kind.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import struct
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fhe_mlp.encrypted import ANSWERS, BEATS, BEATS_PER_CALL, KEYS
+from fhe_mlp.scaling import logits_of_sums, quantize
+
+if TYPE_CHECKING:
+    from fhe_mlp.quantized import QuantizedNetwork
+
+FUNCTIONS = ("beat", "beats")  # of the circuit; a payload begins with the number of its function in one byte
+# Concrete asks for some 0.2 GB of memory at each call. Kept by the process, it need not be cleared page by page anew.
+MALLOPT = {-3: 2**30, -1: 2**31 - 1, -2: 2**28}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD of glibc
+
+
+class Scheme:
+    """Compiled by Concrete."""
+
+    name = "tfhe"
+
+    def __init__(self, network: QuantizedNetwork, X: np.ndarray, beats: int = BEATS_PER_CALL) -> None:
+        from concrete import fhe
+
+        self.network, self.beats, self.function = network, beats, integer_function(network)
+        self.numbers = {**network.numbers, "beats": beats}
+        self.rows = extreme_rows(network, X)
+
+        @fhe.module()
+        class Circuit:
+            @fhe.function({"x": "encrypted"})
+            def beat(x):
+                return self.function(x)
+
+            @fhe.function({"x": "encrypted"})
+            def beats(x):
+                return self.function(x)
+
+            composition = fhe.Wired(set())  # no output is an input
+
+        inputs = {"beat": list(self.rows), "beats": self._batches(beats)}
+        options = {"compress_input_ciphertexts": True, "compress_evaluation_keys": True}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Concrete's own use of deprecated NumPy calls
+            self.circuit = Circuit.compile(inputs, fhe.Configuration(p_error=network.p_error, **options))
+
+    @staticmethod
+    def accepts(network: QuantizedNetwork) -> bool:
+        return network.neurons > 0
+
+    def _batches(self, beats: int) -> list[np.ndarray]:
+        """Return the rows in batches of `beats`, repeated where they do not fill the last one."""
+        batches = -(-len(self.rows) // beats)
+        return list(np.resize(self.rows, (batches * beats, self.rows.shape[1])).reshape(batches, beats, -1))
+
+    def cost(self) -> dict[str, Any]:
+        network, circuit = self.network, self.circuit
+        return {
+            "pbs": circuit.beat.programmable_bootstrap_count,
+            "complexity": circuit.complexity / (1 + self.beats),
+            "rounding_bits": network.rounding_bits,
+            "p_error": network.p_error,
+            "p_any_pbs_off": 1 - (1 - network.p_error) ** network.neurons,
+            "widest_integer_bits": circuit.beat.graph.maximum_integer_bit_width(),
+            "evaluation_keys_MB": (circuit.size_of_bootstrap_keys + circuit.size_of_keyswitch_keys) / 1e6,
+            "security_bits": int(circuit.configuration.security_level),
+            "secret_keys_kB": circuit.size_of_secret_keys / 1e3,
+        }
+
+    def simulate(self, X: np.ndarray) -> np.ndarray:
+        from concrete import fhe
+
+        options = fhe.Configuration(p_error=self.network.p_error, fhe_execution=False, fhe_simulation=True)
+        compiler = fhe.Compiler(self.function, {"x": "encrypted"})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            circuit = compiler.compile(self._batches(len(X)), options)
+        x = quantize(X, self.network.input_bits, self.network.input_step)
+        return logits_of_sums(self.numbers, *circuit.simulate(x))
+
+    def client_part(self) -> bytes:
+        return saved(self.circuit.client.save)
+
+    def server_part(self) -> bytes:
+        return saved(self.circuit.server.save)
+
+    def client(self) -> Client:
+        return Client(self.numbers, self.client_part())
+
+    def server(self) -> Server:
+        return Server(self.server_part())
+
+
+class Client:
+    """Keys, encryption and decryption by Concrete."""
+
+    def __init__(self, numbers: Mapping[str, Any], content: bytes) -> None:
+        from concrete import fhe
+
+        self.numbers, self.client = numbers, loaded(fhe.Client.load, content)
+
+    def make_keys(self) -> None:
+        self.client.keygen(force=True)
+
+    def secret_keys(self) -> bytes:
+        return self.client.keys.serialize()
+
+    def load_secret_keys(self, keys: bytes) -> None:
+        from concrete import fhe
+
+        self.client.keys = fhe.Keys.deserialize(keys)
+
+    def evaluation_keys(self) -> bytes:
+        return self.client.evaluation_keys.serialize()
+
+    def encrypt(self, X: np.ndarray) -> bytes:
+        x = quantize(X, self.numbers["input_bits"], self.numbers["input_step"])
+        if len(x) == 1:
+            return b"\0" + self.client.encrypt(x[0], function_name="beat").serialize()
+        filled = np.pad(x, ((0, self.numbers["beats"] - len(x)), (0, 0)))
+        return b"\1" + self.client.encrypt(filled, function_name="beats").serialize()
+
+    def decrypt(self, answer: bytes, beats: int) -> np.ndarray:
+        from concrete import fhe
+
+        self.check(ANSWERS, answer)
+        if answer[0] != (beats > 1):
+            raise ValueError("an answer to another number of beats")
+        values = [fhe.Value.deserialize(message) for message in messages(answer[1:])]
+        tables, linear = self.client.decrypt(*values, function_name=FUNCTIONS[answer[0]])
+        return logits_of_sums(self.numbers, np.atleast_1d(tables), np.atleast_1d(linear))[:beats]
+
+    def check(self, kind: str, payload: bytes) -> None:
+        check_messages(payload, 2)
+
+
+class Server:
+    """Computation by Concrete, which is loaded with the keys: until then a process stays free of its runtime."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    @staticmethod
+    def versions() -> dict[str, str]:
+        python = ".".join(platform.python_version_tuple()[:2])
+        return {"python": python, "concrete-python": version("concrete-python")}
+
+    def load_keys(self, keys: bytes) -> None:
+        from concrete import fhe
+
+        self.check(KEYS, keys)
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # of glibc
+            for parameter, value in MALLOPT.items():
+                libc.mallopt(parameter, value)
+        self.server, self.keys = loaded(fhe.Server.load, self.content), fhe.EvaluationKeys.deserialize(keys)
+
+    def run(self, beats: bytes) -> bytes:
+        from concrete import fhe
+
+        self.check(BEATS, beats)
+        value, name = fhe.Value.deserialize(beats[1:]), FUNCTIONS[beats[0]]
+        found = self.server.run(value, evaluation_keys=self.keys, function_name=name)
+        return beats[:1] + b"".join(part.serialize() for part in found)
+
+    def check(self, kind: str, payload: bytes) -> None:
+        check_messages(b"\0" + payload if kind == KEYS else payload, 1)
+
+
+def integer_function(network: QuantizedNetwork) -> Callable[[Any], tuple[Any, Any]]:
+    """Return what is compiled: integers x (features,) or (beats, features) to the sums of tables and linear path."""
+    from concrete import fhe
+
+    half = network.tables.shape[1] // 2
+    from_zero = np.roll(network.tables, -half, axis=1)  # negative accumulators count from the end
+    by_index = np.repeat(from_zero, network.rounding_unit, axis=1)
+    tables = fhe.LookupTable(np.array([fhe.LookupTable(entries) for entries in by_index]))
+    removed = network.accumulator_bits - network.rounding_bits
+
+    def function(x: Any) -> tuple[Any, Any]:
+        k = x @ network.weights.astype(np.int64) + network.bias.astype(np.int64)
+        if removed:
+            k = fhe.round_bit_pattern(k, lsbs_to_remove=removed, exactness=fhe.Exactness.APPROXIMATE)
+        return np.sum(tables[k], axis=-1), np.sum(x * network.linear.astype(np.int64), axis=-1)
+
+    return function
+
+
+def extreme_rows(network: QuantizedNetwork, X: np.ndarray) -> np.ndarray:
+    """Return the integers (m, features) of those training rows X that have an integer's minimum or maximum.
+
+    So the circuit has room for all that training data can cause, and Concrete finds the widths that step 3 found; it
+    evaluates rows one by one, so that more would take longer and show no more.
+    """
+    x = quantize(X, network.input_bits, network.input_step)
+    columns = [x.min(axis=1), x.max(axis=1), *network.accumulators(X).T, *network.sums(X)]
+    return x[np.unique([end for values in columns for end in (values.argmin(), values.argmax())])]
+
+
+def saved(save: Callable[[Path], None]) -> bytes:
+    """Return what Concrete saves in a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "part.zip"
+        save(path)
+        return path.read_bytes()
+
+
+def loaded(load: Callable[[Path], Any], content: bytes) -> Any:
+    """Return what Concrete loads from a file with this content."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "part.zip"
+        path.write_bytes(content)
+        return load(path)
+
+
+def messages(content: bytes) -> list[bytes]:
+    """Split what Cap'n Proto, and so Concrete, stores behind each other. Raises ValueError for one that is not whole.
+
+    A message states the number of its segments less one, their sizes in units of 8 bytes, then come the segments. Where
+    bytes are missing, up to 32 GB, its reader asks for them again and again, 8 kB at a time, which takes up to hours.
+    """
+    found, start = [], 0
+    while start < len(content):
+        segments = int.from_bytes(content[start : start + 4], "little") + 1
+        table = 4 + 4 * segments
+        if start + table > len(content):
+            raise ValueError("a value is not whole")
+        size = -(-table // 8) * 8 + 8 * sum(struct.unpack_from(f"<{segments}I", content, start + 4))
+        if start + size > len(content):
+            raise ValueError("a value is not whole")
+        found.append(content[start : start + size])
+        start += size
+    return found
+
+
+def check_messages(payload: bytes, count: int) -> None:
+    """Raise ValueError unless the number of a function and so many whole messages are all that the payload holds."""
+    if not payload or payload[0] >= len(FUNCTIONS) or len(messages(payload[1:])) != count:
+        raise ValueError("a value is not whole")

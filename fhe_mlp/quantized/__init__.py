@@ -1,0 +1,17 @@
+"""Integer networks: what is encrypted, how it is trained, and which candidates are chosen."""
+
+from fhe_mlp.quantized.network import (
+    BITS,
+    COSTS,
+    NOISE_DRAWS,
+    SAME_COST,
+    TOLERATED_LOSS,
+    QuantizedNetwork,
+    add_networks,
+    load_onnx,
+    read_networks,
+    signed_bits,
+    to_onnx,
+)
+from fhe_mlp.quantized.selection import RANKING, Quantized, fit_linear, lowest_cost, quantize_all, quantize_linear
+from fhe_mlp.quantized.training import Form, Lesson

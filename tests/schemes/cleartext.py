@@ -1,0 +1,98 @@
+"""A scheme without any encryption, of linear networks, for tests: payloads are arrays that anybody can read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+
+import numpy as np
+
+from fhe_mlp import encrypted
+from fhe_mlp.scaling import logits_of_sums, quantize
+
+START = {encrypted.KEYS: b"keys", encrypted.BEATS: b"beat", encrypted.ANSWERS: b"sums"}  # of the payloads
+
+
+def check(kind: str, payload: bytes) -> None:
+    if payload[:4] != START[kind] or len(payload) % 4:
+        raise ValueError("a value is not whole")
+
+
+class Scheme:
+    name = "cleartext"
+
+    def __init__(self, network, X, beats=encrypted.BEATS_PER_CALL):
+        self.network, self.beats, self.numbers = network, beats, {**network.numbers, "beats": beats}
+
+    @staticmethod
+    def accepts(network):
+        return network.neurons == 0
+
+    def cost(self):
+        costs = {"pbs": 0, "complexity": 0.0, "security_bits": 0}
+        return {**costs, "widest_integer_bits": 64, "evaluation_keys_MB": 36e-6}
+
+    def simulate(self, X):
+        return self.network.logits(X)
+
+    def client_part(self):
+        return b""
+
+    def server_part(self):
+        return self.network.linear.astype(np.int64).tobytes()
+
+    def client(self):
+        return Client(self.numbers, self.client_part())
+
+    def server(self):
+        return Server(self.server_part())
+
+
+class Client:
+    def __init__(self, numbers, content):
+        self.numbers = numbers
+
+    def make_keys(self):
+        self.secret = secrets.token_bytes(1000)
+
+    def secret_keys(self):
+        return self.secret
+
+    def load_secret_keys(self, keys):
+        self.secret = keys
+
+    def evaluation_keys(self):
+        return b"keys" + hashlib.sha256(self.secret).digest()
+
+    def encrypt(self, X):
+        assert 0 < len(X) <= self.numbers["beats"]
+        return b"beat" + quantize(X, self.numbers["input_bits"], self.numbers["input_step"]).tobytes()
+
+    def decrypt(self, answer, beats):
+        sums = np.frombuffer(answer[4:], np.int64)
+        if len(sums) != beats:
+            raise ValueError(f"{len(sums)} sums of {beats} beats")
+        return logits_of_sums(self.numbers, np.zeros(beats), sums)
+
+    def check(self, kind, payload):
+        check(kind, payload)
+
+
+class Server:
+    def __init__(self, content):
+        self.weights = np.frombuffer(content, np.int64)
+
+    @staticmethod
+    def versions():
+        return {"python": "any", "numpy": np.__version__}
+
+    def load_keys(self, keys):
+        exec(os.environ.get("CLEARTEXT_LOAD", ""))  # what a test wants to happen in the process that computes
+
+    def run(self, beats):
+        exec(os.environ.get("CLEARTEXT_RUN", ""))
+        return b"sums" + (np.frombuffer(beats[4:], np.int64).reshape(-1, len(self.weights)) @ self.weights).tobytes()
+
+    def check(self, kind, payload):
+        check(kind, payload)

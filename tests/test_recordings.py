@@ -1,0 +1,291 @@
+"""The client's recordings and tables: WFDB, EDF and .csv to features; decisions to annotations, a table, a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import wfdb
+from conftest import BEAT_COUNT, make_record
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import preprocess_mitbih as pre
+from fhe_mlp.cli import InputError
+from fhe_mlp.deployment import client, decisions, recordings
+from fhe_mlp.ecg import EXPECTED_LEADS, FEATURES
+
+MODEL = {"features": FEATURES, "leads": EXPECTED_LEADS}
+NAMES = ["a", "b", "c"]  # of the features in the tests of the .csv reader
+MANY = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def read(path, fs=None, annotator=None, minutes=None, model=MODEL):
+    """What encrypt has of a recording."""
+    return recordings.read_recording(recordings.find_recording(path, fs), fs, annotator, minutes, model)
+
+
+def check_refusal(path, why, function, *arguments):
+    """Check that reading a file is refused in one line, which begins with its path."""
+    with pytest.raises(InputError, match=re.escape(why)) as refusal:
+        function(path, *arguments)
+    assert str(refusal.value).startswith(str(path))
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+def write_edf(path, signals, rates, names, units, seconds=1.0, kind="", frames=None):
+    """Write signals (whole numbers), each at its own rate, as EDF; physical values are a tenth of the digital ones."""
+    per_frame, count = [round(rate * seconds) for rate in rates], len(signals)
+    held = len(signals[0]) // per_frame[0]
+    scale = [[v] * count for v in (-3276.8, 3276.7, -32768, 32767)]
+    columns = [names, [""] * count, units, *scale, [""] * count, per_frame, [""] * count]
+    start = ("0", 8), ("", 160), ("01.01.2000.00.00", 16), (256 * (count + 1), 8), (kind, 44)
+    fields = [*start, (held if frames is None else frames, 8), (seconds, 8), (count, 4)]
+    fields += [(cell, width) for table, width in zip(columns, (16, 80, 8, 8, 8, 8, 8, 80, 8, 32)) for cell in table]
+    data = np.hstack([x[: held * n].reshape(held, n) for x, n in zip(signals, per_frame)]).astype("<i2")
+    path.write_bytes("".join(f"{cell!s:<{width}}" for cell, width in fields).encode("latin-1") + data.tobytes())
+    return path
+
+
+@pytest.mark.parametrize("given", ["r", "r.hea", "r.dat"])
+def test_a_record_gives_the_features_of_the_data_set(tmp_path, given):
+    samples = make_record(tmp_path, "r")
+    X, recording = read(tmp_path / given)
+    wanted = pre.read_record(str(tmp_path / "r"))
+    np.testing.assert_allclose(X, wanted.X, atol=1e-6)
+    np.testing.assert_array_equal(np.array(recording.samples)[recording.classified], wanted.beats["sample"])
+    np.testing.assert_array_equal(recording.samples, samples)
+    assert (recording.origin, recording.not_classified) == ("of r.atr", {"first or last beat": 2})
+    _, first = read(tmp_path / given, minutes=0.5)
+    assert first.samples == [sample for sample in samples.tolist() if sample < 0.5 * 60 * 360]
+    assert "outside the signal" not in first.not_classified
+    assert recordings.find_recording(tmp_path / "nothing", None) is None
+
+
+def test_edf_and_csv_files_are_read_as_the_record_they_were_written_from(tmp_path):
+    make_record(tmp_path, "r", clock=360)
+    signal, fs, leads = recordings.read_signal(tmp_path / "r", None)
+    tenths = np.rint(signal * 10_000).astype(int)  # of a microvolt
+    names, units = ["EDF Annotations", "ECG V1", "ECG II"], ["", "\xb5V", "uV"]
+    signals = [np.arange(len(signal) // 36), tenths[:, 1], tenths[:, 0]]
+    write_edf(tmp_path / "e.EDF", signals, [10, 360, 360], names, units, seconds=0.5, kind="EDF+C")
+    rows = [f"{k / fs:.4f};{b:.4f};{1000 * a:.1f};x".replace(".", ",") for k, (a, b) in enumerate(signal)]
+    rows[5000:5300] = ["0;;;x"] * 300  # an empty cell is missing signal
+    (tmp_path / "c.csv").write_text("\n".join(["time (s);V1;MLII [\u00b5V];note", *rows]), encoding="utf-8")
+    for name, csv_fs, expected in (("e.EDF", None, ["ECG II", "ECG V1"]), ("c.csv", 360.0, leads)):
+        again, again_fs, again_leads = recordings.read_signal(tmp_path / name, csv_fs)
+        assert (again_fs, again_leads) == (fs, expected)
+        assert len(signal) - len(again) < 180
+        np.testing.assert_allclose(again, np.where(np.isnan(again), np.nan, signal[: len(again)]), atol=1e-4)
+        (tmp_path / name).with_suffix(".atr").write_bytes((tmp_path / "r.atr").read_bytes())
+        _, recording = read(tmp_path / name, csv_fs)
+        assert recording.origin == f"of {name[0]}.atr"
+        assert ("signal missing or flat" in recording.not_classified) == (name == "c.csv")
+
+
+def test_damaged_edf_files_are_refused_in_one_line(tmp_path):
+    path, good = tmp_path / "r.edf", {"rates": [360, 360], "names": ["II", "V1"], "units": ["mV", "mV"]}
+    for why, case in {
+        "holds fewer samples than its header": {"frames": 10**7},
+        "interruptions": {"kind": "EDF+D"},
+        "1 ECG signals (II in mV, V1 in degC)": {"names": ["II", "V\n1\0"], "units": ["mV", "degC"]},
+        "sampled at 10": {"rates": [10, 10]},
+        "without a sampling rate": {"seconds": 0.5, "rates": [360, 0]},
+    }.items():
+        check_refusal(write_edf(path, [np.arange(3600)] * 2, **{**good, **case}), why, read)
+    whole = write_edf(path, [np.arange(3600)] * 2, **good).read_bytes()
+    for damaged in (b"", whole[:200], whole[:700], b"\xffBIOSEMI" + whole[8:], whole[:244] + b"nan     " + whole[252:]):
+        path.write_bytes(damaged)
+        check_refusal(path, "cannot be read as a recording", read)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("time,MLII\n0,1\n", "1 columns are ECG leads and two are needed; name them"),
+        ("MLII,V1\n0.1,0.2\n0.1,x\n", "line 3, column V1: 'x' is not a number"),
+        ("MLII,V1\nmV,mV\n0.1,0.2\n", "line 2, column MLII: 'mV'"),
+        ('"MLII\n (mV)",V1\nx,0.2\n', "line 3, column MLII (mV): 'x'"),
+        ("", "0 columns are ECG leads"),
+    ],
+)
+def test_a_table_of_leads_that_could_mean_something_else_is_refused(tmp_path, text, why):
+    (tmp_path / "r.csv").write_text(text)
+    check_refusal(tmp_path / "r.csv", why, read, 360.0)
+
+
+def test_beats_are_detected_in_a_record_without_annotations(tmp_path):
+    samples = make_record(tmp_path, "r", annotate=False, names=("V1", "III"))
+    X, recording = read(tmp_path / "r", model={**MODEL, "leads": None})
+    assert recording.origin == f"found by the detector {recordings.DETECTOR}"
+    near = [np.abs(np.array(recording.samples) - sample).min() < 0.05 * 360 for sample in samples]
+    assert sum(near) >= BEAT_COUNT - 2
+    assert len(X) == sum(recording.classified)
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        ({"leads": 1}, "1 ECG signals"),
+        ({"edit": lambda x: x * [1, 0]}, "flat signal"),
+        ({"edit": lambda x: x * [0, 1], "annotate": False}, "flat signal"),
+        ({"marks": lambda samples, symbols: [(samples[0], "+", "(N\0")]}, "fewer than three beats"),
+        ({"fs": 50.0}, "sampled at 50"),
+        ({"marks": lambda samples, symbols: [(sample + 10**7, "N") for sample in samples]}, "outside its signal"),
+        ({"marks": lambda samples, symbols: [(0, "["), *zip(samples, symbols)]}, "no usable beat"),
+    ],
+)
+def test_a_record_that_cannot_be_classified_is_one_line(tmp_path, what, why):
+    make_record(tmp_path, "r", **what)
+    check_refusal(tmp_path / "r", why, read)
+
+
+def test_paced_beats_and_other_leads_give_a_warning(tmp_path, capsys):
+    make_record(tmp_path, "r", symbols=["/", "N", "f"] * 10, names=("V2", "V5"))
+    read(tmp_path / "r", annotator="atr")
+    warnings = capsys.readouterr().err
+    assert "r has 20 paced beats" in warnings
+    assert "r has the leads V5 and V2; the model was trained on MLII and V1" in warnings
+
+
+def test_other_features_and_damaged_records_are_refused(tmp_path, capsys):
+    make_record(tmp_path, "r")
+    _, recording = read(tmp_path / "r")
+    assert len(client.read_signal_again(recording)) > recording.samples[-1]
+    other = {"features": FEATURES[:5]}
+    check_refusal(tmp_path / "r", "does not use the features of records", read, None, None, None, other)
+    check_refusal(tmp_path / "r", "its .qrs cannot be read", read, None, "qrs")
+    for name, content, why in (("r.atr", b"\0", "lacks its end"), ("r.dat", b"", "cannot be read as a recording")):
+        (tmp_path / name).write_bytes(content)
+        check_refusal(tmp_path / "r", why, read)
+    assert client.read_signal_again(recording) is None
+    assert capsys.readouterr().err.endswith("; the picture has no signal\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a,b,c\n1.5,-2,3e-2\n4,5.25,6\n",
+        "a, b , c\r\n 1.5, -2, 0.03\r\n4 ,5.25,6\r\n\r\n",
+        "a,b,c\r\r\n1.5,-2,0.03\r\r\n4,5.25,6\r\r\n",
+        'a,b,c\n1.5,"-2", "0.03"\n4,5.25,6\n,,\n,,,,\n',
+        "a,b,c\n1.5,-2,0.03,\n4,5.25,6,\n",
+        "a;b;c\n1,5;-2;0,03\n4;5,250;6\n",
+        'a,b,c\n"1,5",-2,"0,03"\n4,"5,25",6\n',
+        "a\tb\tc\n1,5\t-2\t3,0E-2\n4\t5,25\t6\n",
+        "comment,a,b,c,x,x\ngood,1.5,-2,0.03,,\nn\xe4,4,5.25,6,1;2,NaN\n",
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+def test_a_beats_file_is_read_as_spreadsheets_and_programs_write_it(tmp_path, text, encoding):
+    (tmp_path / "beats.csv").write_bytes(text.encode(encoding))
+    X = recordings.read_features(tmp_path / "beats.csv", NAMES)
+    np.testing.assert_array_equal(X, [[1.5, -2.0, 3e-2], [4.0, 5.25, 6.0]])
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("a,b,c\n1,2,3\n7,4,5,6\n", "line 3: 4 values for 3 columns"),
+        ("a,b,c\n0,5,1,2\n", "line 2: 4 values"),
+        ('a,b,c,comment\n"1",4,5,6,""\n', "line 2: 5 values for 4 columns"),
+        ("a,b,c\n1,2,3,\n4,5,6\n", "line 2: 4 values"),
+        ("a,b,c,a\n1,2,3,4\n", "2 columns are called 'a'"),
+        ("a,b,c\n1,,3\n", "line 2, column b: there is no value"),
+        ("a,b,c\n,,\n1,2,3\n", "line 2, column a: there is no value"),
+        ('a,b,c\n1,2,"1,234"\n', "line 2, column c: '1,234'"),
+        ("a;b;c\n1;0.5;0,5\n", "line 2, column c: '0,5'"),
+        ("a;b;c\n1;2;1.234,5\n", "line 2, column c: '1.234,5'"),
+        *((f"a,b,c\n1,2,3\n1,2,{cell}\n", "line 3, column c: ") for cell in ("nan", "inf", "1e999", "x", "1_0", "1 0")),
+        (f"a,b,c\n1,2,{'1' * 130_000}x\n", "column c"),  # the longest cell; a bad pattern would try it in every way
+        ('a,b,c,d\n1,2,3,"x\n4,5,6,y\n', "line 3: unexpected end of data"),
+        ("a,b,c\n", "has no rows"),
+        ("a\0b", "0 columns are called 'a'"),
+    ],
+)
+def test_what_a_beats_file_could_mean_in_two_ways_is_refused_with_its_place(tmp_path, text, where):
+    (tmp_path / "beats.csv").write_text(text, newline="")
+    check_refusal(tmp_path / "beats.csv", where, recordings.read_features, NAMES)
+
+
+@MANY
+@given(
+    values=st.lists(st.lists(st.floats(-1e6, 1e6), min_size=3, max_size=3), min_size=1, max_size=4),
+    separator=st.sampled_from(",;\t"),
+    comma=st.booleans(),
+    comment=st.text(max_size=5),
+    row_names=st.booleans(),
+)
+def test_no_way_of_writing_a_table_shifts_or_changes_a_number(tmp_path, values, separator, comma, comment, row_names):
+    rows = [[f"{value:.4f}".replace(".", "," if comma else ".") for value in row] for row in values]
+    table = [["b", "note", "a", "c"], *([*[str(k)] * row_names, r[1], comment, r[0], r[2]] for k, r in enumerate(rows))]
+    text = io.StringIO()
+    csv.writer(text, delimiter=separator).writerows(table)
+    unquoted = comma and separator == ","
+    content = text.getvalue().replace('"', "") if unquoted else text.getvalue()
+    (tmp_path / "beats.csv").write_bytes(content.encode("utf-8", "replace"))
+    try:
+        X = recordings.read_features(tmp_path / "beats.csv", NAMES)
+        np.testing.assert_array_equal(X, [[float(f"{value:.4f}") for value in row] for row in values])
+        assert not row_names
+    except InputError as refusal:
+        assert row_names or unquoted or "\0" in comment, refusal
+
+
+@MANY
+@given(st.one_of(st.binary(), st.text('abc,;\t"\n\r 0123456789.eE+-').map(lambda text: b"a,b,c\n" + text.encode())))
+def test_any_bytes_are_a_table_of_finite_numbers_or_one_line(tmp_path, beats):
+    (tmp_path / "beats.csv").write_bytes(beats)
+    try:
+        assert np.isfinite(recordings.read_features(tmp_path / "beats.csv", NAMES)).all()
+    except InputError as refusal:
+        assert len(str(refusal).splitlines()) == 1
+
+
+def decided(codes):
+    """A recording of beats, 0.8 s apart, that were given these codes (N, Q or a quotation mark), and its table."""
+    classified, logits = [code != decisions.NOT_CLASSIFIED for code in codes], np.arange(1.0, len(codes) + 1)
+    samples, leads = (100 + np.arange(len(codes)) * 288).tolist(), ["MLII", "V1"]
+    recording = recordings.Recording("r", "r", None, "of r.atr", "", 360.0, leads, samples, classified, {"lost": 2})
+    logits *= [1 if code == decisions.ABNORMAL else -1 for code in codes]
+    return recording, decisions.join(recording, logits[classified])
+
+
+def test_runs_of_abnormal_beats_are_counted_and_the_most_certain_are_shown_in_the_order_of_time():
+    assert decisions.summary(*decided('"NQQNQQQN' + "N" * 100 + 'QQQQ"QQ"')).splitlines() == [
+        "r: 117 beats, R peaks of r.atr",
+        "103 normal, 11 abnormal",
+        "3 not classified; 2 lost",
+        "2 runs of 3 or more abnormal beats in a row; the longest has 4 beats, at 0:01:27",
+    ]
+    assert "0 runs of 3 or more" in decisions.summary(*decided("NNQQN"))
+    codes = "N" * 20 + "QQQ" + "N" * 20 + "QQQQ" + "N" * 20 + "QQQ" + "NQN" + "N" * 20 + "QQ" + "N" * 20 + "Q"
+    assert decisions.choose_strips(decided(codes)[1]) == [(20, 23), (43, 47), (67, 70), (115, 116)]
+    assert decisions.choose_strips(decided("NNNN")[1]) == []
+
+
+@pytest.mark.parametrize("codes", ["NNNN", '""', "Q", "NQNQQQ" * 40, "NQQQNNNNN" * 200], ids=len)
+def test_the_files_hold_every_beat_and_are_replaced_by_the_next_run_only(tmp_path, codes):
+    recording, beats = decided(codes)
+    signal = np.random.default_rng(0).normal(size=(recording.samples[-1] + 500, 2))
+    signal[: len(signal) // 3, 0] = np.nan
+    sizes = []
+    for leads in (None, signal):
+        decisions.write_files(tmp_path, recording, beats, leads)
+        sizes.append((tmp_path / "r.fhe.png").stat().st_size)
+        decisions.check_files(tmp_path, recording)
+    assert (sizes[1] > sizes[0] > 10_000) == ("Q" in codes)
+    table = pd.read_csv(tmp_path / "r.fhe.csv")
+    assert list(table) == ["sample", "time", "output", "probability", "decision"]
+    assert table["decision"].tolist() == [decisions.WORDS[code] for code in codes]
+    np.testing.assert_allclose(table["output"], beats["output"], rtol=1e-12)
+    assert wfdb.rdann(str(tmp_path / "r"), "fhe").symbol == list(codes)
+    for ending in decisions.OUTPUTS:
+        (tmp_path / f"r{ending}").write_bytes(b"of another program")
+        with pytest.raises(InputError, match=re.escape(f"r{ending}: exists and is not an earlier output")):
+            decisions.check_files(tmp_path, recording)
+        (tmp_path / f"r{ending}").unlink()
