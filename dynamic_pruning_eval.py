@@ -34,7 +34,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from fhe_mlp import cli, ecg, networks, quantized
+from fhe_mlp import cli, ecg, networks, quantized, workers
 from fhe_mlp.dataset import Dataset
 from fhe_mlp.experiments import save_figure, settings_sheet, write_workbook
 
@@ -102,31 +102,62 @@ def measure(mlp: networks.MLP, data: Dataset) -> dict[str, Any]:
     }
 
 
-def remove_at_rates(
-    start: networks.MLP, data: Dataset, args: argparse.Namespace
-) -> tuple[dict[int, networks.MLP], list[dict[str, Any]], networks.MLP]:
-    """Return the network of each rate, their measurements, and the one of TABLES neurons before its training."""
-    full, X = start.widths, data.train.X
-    history = [(full, start.layers)]  # widths by layer of step 2's network, 0 for one that is gone, and the layers
-    mlps, rows = {}, []
-    for rate in tqdm(args.rates, desc="removing neurons", unit="rate"):
+def share_widths(start: networks.MLP, args: argparse.Namespace) -> dict[int, list[int]]:
+    """Return the widths of the hidden layers at each rate, 0 for a layer that is removed."""
+    full = start.widths
+    neurons = {rate: round(sum(full) * (1 - rate / 100)) for rate in args.rates}
+    return {rate: networks.share_neurons(count, full, args.min_width) for rate, count in neurons.items()}
+
+
+def remove_at_rates(shared: tuple[networks.MLP, Dataset], args: argparse.Namespace) -> dict[int, list[networks.MLP]]:
+    """Return for each rate the network after removal, and behind it the fine-tuned one if it is.
+
+    shared: step 2's network and the data; sent once to the process that this runs in.
+    """
+    networks.start_tensorflow(args.seed)
+    (start, data), found = shared, {}
+    history = [(start.widths, start.layers)]  # widths by layer of step 2's network, and the layers
+    for rate, widths in share_widths(start, args).items():
         seed = networks.stream(args.seed, rate)
-        widths = networks.share_neurons(round(sum(full) * (1 - rate / 100)), full, args.min_width)
         has, layers = next((h, n) for h, n in reversed(history) if all(a >= b for a, b in zip(h, widths)))
-        layers = networks.shrink(layers, [width for width, old in zip(widths, has) if old], X)
-        mlp = replace(start, layers=layers)
-        row = {"rate_percent": rate, "val_balanced_accuracy_before_tuning": mlp.balanced_accuracy(data.val)}
-        if args.fine_tune_epochs and not mlp.widths:
-            mlp = quantized.fit_linear(data, start.noise, args.seed).decided_at(start.threshold)
+        layers = networks.shrink(layers, [width for width, old in zip(widths, has) if old], data.train.X)
+        found[rate] = [replace(start, layers=layers)]
+        if args.fine_tune_epochs and not any(widths):
+            found[rate].append(quantized.fit_linear(data, start.noise, args.seed).decided_at(start.threshold))
         elif args.fine_tune_epochs:
-            mlp = replace(mlp, layers=networks.revive(layers, np.random.default_rng(seed)))
-            mlp = fine_tune(mlp, data, args.fine_tune_epochs, seed)
-        mlps[rate] = mlp
-        history.append((widths, mlp.layers))
-        rows.append({**row, **measure(mlp, data)})
-    one_layer = [min(TABLES, full[0]), *[0] * (len(full) - 1)]
-    layers = networks.revive(networks.shrink(start.layers, one_layer, X), np.random.default_rng(args.seed))
-    return mlps, rows, replace(start, layers=layers)
+            mlp = replace(start, layers=networks.revive(layers, np.random.default_rng(seed)))
+            found[rate].append(fine_tune(mlp, data, args.fine_tune_epochs, seed))
+        history.append((widths, found[rate][-1].layers))
+    return found
+
+
+def make_networks(
+    start: networks.MLP, baseline: networks.MLP, data: Dataset, args: argparse.Namespace
+) -> tuple[dict[int, list[networks.MLP]], quantized.Quantized]:
+    """Return what remove_at_rates does, and the quantized networks of each rate.
+
+    Both trainings use one core: float networks are trained in a process beside those of lookup tables.
+    """
+    found: quantized.Quantized = {}
+    with workers.open_workers((start, data), 1) as crew:
+        removed = crew.submit(remove_at_rates, (args,))
+        if args.quantization_epochs:
+            form = quantized.Form([b for b in quantized.BITS for _ in range(TRIALS)], args.rounding_bits, args.p_error)
+            targets = networks.to_keras(baseline)(data.train.X).numpy()[:, 0]
+            lesson = quantized.Lesson(data, targets, start.noise, args.quantization_epochs, baseline.shift)
+            one_layer = [min(TABLES, start.widths[0]), *[0] * (len(start.widths) - 1)]
+            rng, layers = np.random.default_rng(args.seed), networks.shrink(start.layers, one_layer, data.train.X)
+            widest = replace(start, layers=networks.revive(layers, rng))
+            neurons = {rate: sum(widths) for rate, widths in share_widths(start, args).items()}
+            found = quantized.quantize_tables(neurons, widest, form, lesson, args.seed)
+        print("waiting for the float networks ...", flush=True)
+        try:
+            mlps = removed.result()
+        except crew.death:
+            raise cli.InputError("the process of the float networks was killed, perhaps for want of memory") from None
+    for rate in [rate for rate, stages in mlps.items() if args.quantization_epochs and not stages[-1].widths]:
+        found[rate] = quantized.quantize_linear(mlps[rate][-1], form, lesson, networks.stream(args.seed, rate))
+    return mlps, found
 
 
 def add_quantized(row: dict[str, Any], candidates: pd.DataFrame, least: float) -> None:
@@ -298,17 +329,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     baseline = networks.load_mlp(workdir / "MLP_model_0.h5", "python MLP_model_0.py")
     networks.check_features(baseline, workdir / "MLP_model_0.h5", data)
     networks.start_tensorflow(args.seed)
-    mlps, rows, widest = remove_at_rates(start, data, args)
-    least, found = baseline.balanced_accuracy(data.ranking) - args.max_loss, {}
-    if args.quantization_epochs:
-        bits = [bits for bits in quantized.BITS for _ in range(TRIALS)]
-        form = quantized.Form(bits, args.rounding_bits, args.p_error)
-        targets = networks.to_keras(baseline)(data.train.X).numpy()[:, 0]
-        lesson = quantized.Lesson(data, targets, start.noise, args.quantization_epochs, baseline.shift)
-        found = quantized.quantize_all(mlps, widest, form, lesson, args.seed)
-    for row in rows:
-        if row["rate_percent"] in found:
-            add_quantized(row, found[row["rate_percent"]], least)
+    stages, found = make_networks(start, baseline, data, args)
+    mlps, rows, least = {}, [], baseline.balanced_accuracy(data.ranking) - args.max_loss
+    for rate, (removed, *tuned) in tqdm(stages.items(), desc="measuring", unit="rate"):
+        mlps[rate] = [removed, *tuned][-1]
+        before = {"rate_percent": rate, "val_balanced_accuracy_before_tuning": removed.balanced_accuracy(data.val)}
+        rows.append({**before, **measure(mlps[rate], data)})
+        if rate in found:
+            add_quantized(rows[-1], found[rate], least)
     table = pd.DataFrame(rows)
     table["file"] = save_best(mlps, found, table, rank(table, least), workdir)
     check_saved(table, data, workdir)

@@ -138,7 +138,7 @@ def packed_linear(data_dir: Path, baseline: networks.MLP, targets: np.ndarray, s
     for spec in MAPS:
         data = load_dataset(data_dir, spec)
         mlp = quantized.fit_linear(data, baseline.noise, seed).decided_at(baseline.threshold)
-        lesson = quantized.Lesson(data, targets, baseline.noise, LINEAR_EPOCHS)
+        lesson = quantized.Lesson(data, targets, baseline.noise, LINEAR_EPOCHS, baseline.shift)
         candidates = quantized.quantize_linear(mlp, form, lesson, seed)
         network = candidates.loc[candidates["chosen"], "network"].item()
         compiled = encrypted.choose(network)(network, data.train.X)

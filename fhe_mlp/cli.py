@@ -81,7 +81,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Keeps the docstring's lines and shows each option's default once."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default in (None, False) or "default" in action.help:
+        if action.default is None or action.default is False or "default" in action.help:
             return action.help
         if isinstance(action.default, tuple | list):
             shown = " ".join(map(str, action.default)) or "none"

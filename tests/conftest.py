@@ -123,9 +123,7 @@ def refusal(main, argv: list[str], capsys: pytest.CaptureFixture) -> str:
     with pytest.raises(SystemExit) as stop:
         run(lambda: main([str(a) for a in argv]))
     assert stop.value.code == 2
-    lines = [
-        line for line in capsys.readouterr().err.splitlines() if "%|" not in line and line.strip()
-    ]  # less progress bars
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]  # no bars
     assert not any("Traceback" in line for line in lines)
     assert len(lines) == 1 or lines[0].startswith("usage:"), lines  # argparse shows the usage before its line
     return lines[-1]
@@ -172,10 +170,10 @@ def small_data(*parts):
     """Data set of (X, y, record of each row) for training, validation and test; left out, they are as the last."""
     from fhe_mlp.dataset import Dataset, Part
 
-    made = []
-    for X, y, records in parts:
-        beats = pd.DataFrame({"record": records, "patient": records, "aami": np.where(y, "V", "N")})
-        made.append(Part(X.astype(np.float32), y, beats, True))
+    made = [
+        Part(np.float32(X), y, pd.DataFrame({"record": names, "patient": names, "aami": np.where(y, "V", "N")}), True)
+        for X, y, names in parts
+    ]
     return Dataset(*made, *[made[-1]] * (3 - len(made)), {}, [], None, "none")
 
 

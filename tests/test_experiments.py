@@ -31,7 +31,7 @@ import os, pathlib, pickle, signal
 import numpy as np
 
 class Scheme:
-    name = "plain"
+    name, key_parameters = "plain", None
     def __init__(self, network, X, beats=4):
         self.network, self.beats, self.numbers = network, beats, {"beats": beats}
     accepts = staticmethod(lambda network: True)

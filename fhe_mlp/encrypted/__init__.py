@@ -11,6 +11,7 @@ Step 5, export, client and server know nothing of a scheme but these three class
         simulate(X)               logits (n,) with the noise of encryption; None where it is not simulated
         numbers, client_part()    what a Client needs: numbers for a .json file, and bytes
         server_part()             what a Server needs: bytes
+        key_parameters            text; keys of one network fit another of equal key_parameters. None: they fit no other
         client(), server()        the two sides in this process
     Client(numbers, content)      the side that has the secret key
         make_keys()               makes new keys

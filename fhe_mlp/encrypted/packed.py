@@ -39,7 +39,7 @@ LENGTH_BYTES = 8  # of the length before each value of a payload
 class Scheme:
     """A network without neurons; client_part is empty, and server_part is JSON."""
 
-    name = "packed"
+    name, key_parameters = "packed", None
 
     def __init__(self, network: QuantizedNetwork, X: np.ndarray, beats: int = BEATS_PER_CALL) -> None:
         self.network, self.beats = network, beats

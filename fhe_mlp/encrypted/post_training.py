@@ -30,7 +30,7 @@ class PostTraining:
     CIRCUIT_ERRORS where Concrete ML cannot quantize it.
     """
 
-    beats = 1
+    beats, key_parameters = 1, None
 
     def __init__(self, graph: onnx.ModelProto, setting: Setting, calibration: np.ndarray) -> None:
         self.setting, self.calibration = setting, calibration

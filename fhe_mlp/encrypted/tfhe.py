@@ -9,6 +9,7 @@ and its server.zip, the latter for processors of this kind.
 from __future__ import annotations
 
 import ctypes
+import json
 import platform
 import struct
 import tempfile
@@ -60,6 +61,7 @@ class Scheme:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Concrete's own use of deprecated NumPy calls
             self.circuit = Circuit.compile(inputs, fhe.Configuration(p_error=network.p_error, **options))
+        self.key_parameters = json.dumps(json.loads(self.circuit.client.specs.serialize())["keyset"], sort_keys=True)
 
     @staticmethod
     def accepts(network: QuantizedNetwork) -> bool:

@@ -23,6 +23,7 @@ from fhe_mlp.experiments.configuration import Configuration, Experiment
 MEMORY_PER_KEY_BYTE = 2.2  # bytes; making and unpacking keys of 0.4 to 4.7 GB took up to 2.1 times their size
 Facts = dict[str, Any]
 _compiled: dict[tuple[str, int], Any] = {}  # schemes of this process by key and beats of a payload
+_keys: dict[str, tuple[bytes, float]] = {}  # secret keys by parameters, of one at most, and how long they took
 _sides: dict[tuple, tuple[Any, Any, dict[str, Any]]] = {}  # client and server with keys of one, and facts of the keys
 
 
@@ -127,9 +128,7 @@ def sides(experiment: Experiment, key: str) -> tuple[Any, Any, Facts]:
         if refused := too_large({"predicted_memory_MB": memory}):
             return None, None, refused
         client, server = scheme.client(), scheme.server()
-        started = time.perf_counter()
-        client.make_keys()
-        facts: Facts = {"keygen_time": time.perf_counter() - started}
+        facts: Facts = {"keygen_time": give_keys(client, scheme.key_parameters)}
         server.load_keys(client.evaluation_keys())
         for _ in range(2):
             seconds = facts["warm_up_seconds"] = timed_call(client, server, experiment.data.train.X[:1])["run_seconds"]
@@ -138,6 +137,24 @@ def sides(experiment: Experiment, key: str) -> tuple[Any, Any, Facts]:
             facts |= {"status": "too slow", "reason": reason}
         _sides[name] = client, server, facts
     return _sides[name]
+
+
+def give_keys(client: Any, parameters: str | None) -> float:
+    """Give a client new keys, or those that were made for another network of equal parameters.
+
+    Returns the seconds that making them took.
+    """
+    if parameters in _keys:
+        keys, seconds = _keys[parameters]
+        client.load_secret_keys(keys)
+        return seconds
+    started = time.perf_counter()
+    client.make_keys()
+    seconds = time.perf_counter() - started
+    if parameters:
+        _keys.clear()
+        _keys[parameters] = client.secret_keys(), seconds
+    return seconds
 
 
 def timed_call(client: Any, server: Any, X: np.ndarray) -> Facts:

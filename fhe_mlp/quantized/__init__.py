@@ -13,5 +13,5 @@ from fhe_mlp.quantized.network import (
     signed_bits,
     to_onnx,
 )
-from fhe_mlp.quantized.selection import RANKING, Quantized, fit_linear, lowest_cost, quantize_all, quantize_linear
+from fhe_mlp.quantized.selection import RANKING, Quantized, fit_linear, lowest_cost, quantize_linear, quantize_tables
 from fhe_mlp.quantized.training import Form, Lesson

@@ -90,7 +90,7 @@ class QuantizedNetwork:
             raise ValueError("sums of no known width")
         if neurons and not (self.rounding_bits <= widths[0] and signed_bits(self.tables) <= MOST_TABLE_BITS):
             raise ValueError("tables of no known width")
-        if max(signed_bits(np.abs(w.astype(np.int64))) for w in (self.weights, self.linear) if w.size) > self.bits:
+        if max(signed_bits(np.abs(w)) for w in (self.weights, self.linear) if w.size) > self.bits:
             raise ValueError(f"weights of more than {self.bits} bits")
 
     @property

@@ -81,25 +81,21 @@ def quantize_linear(mlp: MLP, form: Form, lesson: Lesson, seed: int) -> pd.DataF
     return candidates([*rounded, *train_members(ensemble, lesson, seed, "linear")], lesson.data)
 
 
-def quantize_all(networks: dict[int, MLP], start: MLP, form: Form, lesson: Lesson, seed: int) -> Quantized:
-    """Return networks of as many lookup tables as those by rate have neurons, at most those of `start`.
+def quantize_tables(neurons: dict[int, int], start: MLP, form: Form, lesson: Lesson, seed: int) -> Quantized:
+    """Return networks of as many lookup tables as `neurons` has by rate, where that is 1 to those of `start`.
 
     start: of one hidden layer. Each starts from the one before, from which the neurons are removed that the others
-    replace best; one without neurons, from its float network.
+    replace best.
     """
     ensemble, found = Ensemble(start.layers, form, lesson.data.train.X), {}
-    widths = {rate: sum(mlp.widths) for rate, mlp in sorted(networks.items())}
-    if any(0 < width <= ensemble.neurons for width in widths.values()):
+    wanted = {rate: count for rate, count in sorted(neurons.items()) if 0 < count <= ensemble.neurons}
+    if wanted:
         train_members(ensemble, lesson, stream(seed, 0), f"{ensemble.neurons} tables")
     rows = np.random.default_rng(seed).choice(len(lesson.targets), REMOVAL_ROWS, p=lesson.data.draw)
-    for rate, width in widths.items():
-        own = stream(seed, rate)
-        if not width:
-            found[rate] = quantize_linear(networks[rate], form, lesson, own)
-        elif width <= ensemble.neurons:
-            ensemble.remove(width, lesson.data.train.X[rows])
-            title = f"{rate} % removed, {width} tables"
-            found[rate] = candidates(train_members(ensemble, lesson, own, title), lesson.data)
+    for rate, count in wanted.items():
+        ensemble.remove(count, lesson.data.train.X[rows])
+        title = f"{rate} % removed, {count} tables"
+        found[rate] = candidates(train_members(ensemble, lesson, stream(seed, rate), title), lesson.data)
     return found
 
 

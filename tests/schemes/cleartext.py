@@ -20,7 +20,7 @@ def check(kind: str, payload: bytes) -> None:
 
 
 class Scheme:
-    name = "cleartext"
+    name, key_parameters = "cleartext", None
 
     def __init__(self, network, X, beats=encrypted.BEATS_PER_CALL):
         self.network, self.beats, self.numbers = network, beats, {**network.numbers, "beats": beats}
