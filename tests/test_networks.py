@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import struct
 from dataclasses import replace
@@ -361,6 +362,18 @@ def test_no_two_trainings_share_random_numbers_not_even_of_neighbouring_seeds(wo
         quantized.quantize_tables({90: 18, 91: 16}, widest, form, lesson, seed)
     assert len(set(fine_tuned)) == len(fine_tuned) == 4
     assert len(set(aware)) == len(aware) == 6  # with the 26 tables that each run starts from
+
+
+def die(*_):
+    os._exit(1)
+
+
+def test_a_killed_process_of_float_networks_is_one_line(workdir, arrays, tmp_path, capsys, monkeypatch):
+    for path in workdir.glob("*.h5"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(step3, "remove_at_rates", die)
+    argv = ["--data-dir", arrays, "--workdir", tmp_path, *ONE_SHOT]
+    assert "process of the float networks was killed" in refusal(step3.main, argv, capsys)
 
 
 @pytest.mark.parametrize(("step", "options", "fits"), [(step1, ("--epochs", 1), 0), (step3, ONE_SHOT, 1)])
