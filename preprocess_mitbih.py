@@ -197,7 +197,7 @@ def per_class(text: str) -> int | None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options, of which none contradicts another."""
+    """Return the options. Exits with 2 where they contradict each other."""
     parser = cli.make_parser(__doc__)
     option = parser.add_argument
     option("--records-dir", type=Path, default=cli.ROOT / "data" / "mitdb", help="folder of the WFDB records")

@@ -1,1 +1,1 @@
-"""What several steps of the pipeline share; the steps themselves are the scripts in the folder above."""
+"""Library of the pipeline's steps, which are the scripts in the folder above."""

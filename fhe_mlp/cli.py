@@ -1,4 +1,4 @@
-"""What every command needs: its parser, one-line errors and exit statuses, whole files, facts of the machine."""
+"""Tools of every command: its parser, one-line errors and exit statuses, whole files, facts of the machine."""
 
 from __future__ import annotations
 

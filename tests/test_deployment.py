@@ -56,7 +56,7 @@ def make_scheme(name, features=32):
 
 
 def describe(features=32):
-    """What step 5 passes to export_network, for a network of so many features."""
+    """Return the model that step 5 passes to export_network, for a network of so many features."""
     other = [{"name": f"ampl, {k}", "unit": "mV", "formula": "as measured"} for k in range(features)]
     model = {"name": "small", "p_error": P_ERROR, "security_bits": 128, "complexity": 1.5e9, "pbs": 3, "map": "none"}
     model |= {"test_balanced_accuracy": 0.9876, "test_rows": 12345, "leads": EXPECTED_LEADS}

@@ -40,7 +40,7 @@ def contents(folder):
 
 
 def read(folder, **options):
-    """What read_record makes of a record that make_record writes, and the samples of the beats in its signal."""
+    """Return the result of read_record for a record of make_record, and the samples of the beats in its signal."""
     samples = make_record(folder, "r", **options)
     return pre.read_record(str(folder / "r")), samples
 

@@ -25,7 +25,7 @@ MANY = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCh
 
 
 def read(path, fs=None, annotator=None, minutes=None, model=MODEL):
-    """What encrypt has of a recording."""
+    """Return a recording as encrypt stores it."""
     return recordings.read_recording(recordings.find_recording(path, fs), fs, annotator, minutes, model)
 
 

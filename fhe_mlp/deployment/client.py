@@ -4,7 +4,7 @@
     python client.py encrypt 208                        a WFDB record -> encrypted_beats.zip, and encrypted_beats.json
     python client.py decrypt encrypted_answers.zip      -> 208.fhe (WFDB annotations), .fhe.csv, .fhe.png, a summary
 
-encrypt also takes an .edf file, with --fs a .csv file of two leads, and without it a .csv file of features, of which
+encrypt also reads an .edf file, with --fs a .csv file of two leads, and without it a .csv file of features, for which
 decrypt prints output, probability and decision. The three .zip files are all that travels. keys/ holds the secret keys
 and stays here, as does encrypted_beats.json, which holds the beats' times.
 """

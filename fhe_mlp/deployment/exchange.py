@@ -1,4 +1,4 @@
-"""What travels between client.py and server.py: archives of evaluation keys, encrypted beats and encrypted answers.
+"""Files that travel between client.py and server.py: archives of evaluation keys, encrypted beats and answers.
 
 An archive is an uncompressed .zip: header.json, which states what the payloads are and belong to, and an entry "0", "1"
 ... for each payload. It comes from somebody else: the names in it are never used as paths, and no entry is read before
@@ -29,7 +29,7 @@ MODEL, CLIENT_PART, SERVER_PART = "model.json", "client_part.bin", "server_part.
 
 @dataclass(frozen=True)
 class Header:
-    """What an archive holds, and in hexadecimal digits what it belongs to."""
+    """Content of an archive and, in hexadecimal digits, the network, keys and beats that it belongs to."""
 
     kind: str  # KEYS, BEATS, ANSWERS or SECRET_KEYS
     model: str  # SHA-256 of the server's part of the network

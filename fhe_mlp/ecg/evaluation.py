@@ -84,7 +84,7 @@ def figures(y: np.ndarray, decision: np.ndarray, beats: pd.DataFrame | None) -> 
 
 
 def columns(result: dict[str, Any]) -> dict[str, float]:
-    """What tables show of `figures`: FIGURES, the interval of the first, and the share found of each class."""
+    """Return columns of tables from `figures`: FIGURES, the interval of the first, the share found of each class."""
     shown = {name: result[name] for name in FIGURES}
     if (result.get("interval95") or {}).get(FIGURES[0]):
         shown |= dict(zip((f"{FIGURES[0]}_low95", f"{FIGURES[0]}_high95"), result["interval95"][FIGURES[0]]))

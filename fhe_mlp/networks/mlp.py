@@ -58,7 +58,7 @@ class MLP:
 
     @property
     def shift(self) -> float:
-        """What the threshold has added to the logit."""
+        """Sum that the threshold has added to the logit."""
         return float(-np.log(self.threshold / (1 - self.threshold))) + 0.0  # no -0.0
 
     def moved(self, by: float) -> MLP:
@@ -79,7 +79,7 @@ class MLP:
         return (X @ kernel + bias)[:, 0]
 
     def probabilities(self, X: np.ndarray) -> np.ndarray:
-        """Return the probabilities (n,) float32, of which those over 0.5 are abnormal beats."""
+        """Return the probabilities (n,) float32; over 0.5, a beat is abnormal."""
         return expit(self.logits(X))
 
     def decisions(self, X: np.ndarray) -> np.ndarray:

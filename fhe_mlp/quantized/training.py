@@ -42,7 +42,7 @@ Noise = Callable[[Any], Any] | None  # what draws the noise of accumulators for 
 
 @dataclass(frozen=True)
 class Form:
-    """What the networks of an ensemble share, and the bits of each member's weights."""
+    """Settings that the networks of an ensemble share, and the bits of each member's weights."""
 
     bits: Sequence[int]
     rounding_bits: int  # leading bits of each accumulator that its bootstrap sees
@@ -51,7 +51,7 @@ class Form:
 
 @dataclass(frozen=True, eq=False)
 class Lesson:
-    """What an ensemble learns from.
+    """Data, targets and settings of an ensemble's training.
 
     targets: probabilities (n,) for the training rows, a teacher's (Hinton, Vinyals & Dean, arXiv:1503.02531) or the
     labels; noise: standard deviation that is added to the features; shift: what the threshold has added to the logits
@@ -258,7 +258,7 @@ class Ensemble:
 
         @tf.function
         def validation_loss() -> tf.Tensor:
-            logits = self.forward(val.X, rounding_noise)[0] - lesson.shift  # labels know nothing of a threshold
+            logits = self.forward(val.X, rounding_noise)[0] - lesson.shift  # labels have no threshold
             losses = generalized_cross_entropy(labels_val, logits)
             return tf.reduce_mean(weights * losses, axis=1)
 
