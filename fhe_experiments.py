@@ -119,13 +119,14 @@ def describe(args: argparse.Namespace) -> tuple[Experiment, Draws, list[str]]:
     calibration = X[rng.choice(len(X), min(CALIBRATION_ROWS, len(X)), replace=False, p=data.draw)]
     basis = {"data_sha256": data.sha256, **experiments.versions(), "seed": args.seed}
     terms = Terms(args.scheme, args.post_training, args.rounding_bits, args.p_error, basis)
+    # What is asked for comes first, and so do refusals of its files.
+    asked = [terms.load(path, bits, X.shape[1]) for path in paths for bits in args.bits]
     at_hand = dict.fromkeys([*by_rank(args.workdir, ".onnx"), *paths])
-    loaded = {(path, bits): terms.load(path, bits, X.shape[1]) for path in at_hand for bits in BITS}
-    asked = {loaded[path, bits].key: loaded[path, bits] for path in paths for bits in args.bits}
+    known = [terms.load(path, bits, X.shape[1]).key for path in at_hand for bits in BITS]
     simulated = np.sort(order[:SIMULATED_ROWS])
     beats = BEATS_PER_CALL if args.export else max(2, min(BEATS_PER_CALL, args.samples - experiments.ALONE))
-    experiment = Experiment(data, basis, calibration, simulated, beats, args.max_seconds, asked)
-    return experiment, draws, [configuration.key for configuration in loaded.values()]
+    configurations = {configuration.key: configuration for configuration in asked}
+    return Experiment(data, basis, calibration, simulated, beats, args.max_seconds, configurations), draws, known
 
 
 def describe_settings(args: argparse.Namespace, patients: str) -> dict[str, Any]:
