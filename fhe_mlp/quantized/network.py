@@ -1,4 +1,4 @@
-"""The integer network, exactly as it is encrypted: what it computes, what it costs, and its .h5 and .onnx files.
+"""The integer network, exactly as it is encrypted: what it computes and what it costs.
 
 On the integers x of a beat (scaling.quantize), `neurons` lookup tables stand beside a linear path:
 
@@ -17,25 +17,17 @@ does: beyond either end a table continues negated, then repeats; sums come back 
 from __future__ import annotations
 
 import functools
-import io
-import operator
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from fhe_mlp.cli import InputError, first_line
 from fhe_mlp.dataset import Part
 from fhe_mlp.ecg import balanced_accuracy
-from fhe_mlp.networks import claimed_bytes, open_h5, read_graph
 from fhe_mlp.scaling import logits_of_sums, quantize
-
-if TYPE_CHECKING:
-    import onnx
 
 BITS = (2, 3, 4, 5, 6, 7)  # of weights, as published
 ROUNDING_BITS = range(1, 9)  # that a network can have
@@ -45,7 +37,6 @@ NOISE_DRAWS = 5  # of the noise of p_error, over which an accuracy is averaged
 MOST_SUM_BITS = 40  # of accumulators and sums; more in a file are a damaged number
 MOST_TABLE_BITS = 16  # of a table's entries; more in a file are a damaged number
 COSTS = Path(__file__).with_name("pbs_complexity.csv")  # written by: python benchmarks/measure_pbs.py
-OPSET = 14  # of the .onnx files
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,147 +205,3 @@ def decoded(values: np.ndarray, bits: int) -> np.ndarray:
 def signed_bits(values: np.ndarray) -> int:
     """Return the bits of the least two's complement type that holds all integers in `values`."""
     return int(max(values.max(), -1 - values.min(), 0)).bit_length() + 1
-
-
-# ------------------------------------------------------------------------------------------------------------ .h5 files
-def add_networks(content: bytes, networks: Iterable[QuantizedNetwork]) -> bytes:
-    """Return the .h5 file `content` of a float network with the networks quantized from it in its group "quantized"."""
-    import h5py
-
-    buffer = io.BytesIO(content)
-    with h5py.File(buffer, "r+") as file:
-        for network in networks:
-            group = file.create_group(f"quantized/{network.bits}")
-            for field in fields(network):
-                store = group if field.type == "np.ndarray" else group.attrs
-                store[field.name] = getattr(network, field.name)
-    return buffer.getvalue()
-
-
-def read_networks(path: Path, made_by: str) -> list[QuantizedNetwork]:
-    """Return the quantized networks in an .h5 file of step 3, of another's none.
-
-    made_by: the command that makes the file. Raises InputError for a damaged group.
-    """
-    types = {"int": operator.index, "float": float}
-    try:
-        networks, claimed = [], 0
-        with open_h5(path) as file:
-            for group in file.get("quantized", {}).values():
-                values: dict[str, Any] = {}
-                for field in fields(QuantizedNetwork):
-                    if field.type in types:
-                        values[field.name] = types[field.type](group.attrs[field.name])
-                        continue
-                    claimed += claimed_bytes(group[field.name], path)
-                    if claimed > path.stat().st_size:  # also where many names stand for the same values
-                        raise ValueError("its arrays claim to be larger than the file")
-                    values[field.name] = group[field.name][()]
-                networks.append(QuantizedNetwork(**values))
-        return networks
-    except Exception as error:  # HDF5 and NumPy raise a dozen unrelated types
-        reason = first_line(error)
-        raise InputError(f"{path}: its quantized networks are damaged ({reason}); make it with: {made_by}") from None
-
-
-# ---------------------------------------------------------------------------------------------------------- .onnx files
-def to_onnx(network: QuantizedNetwork) -> onnx.ModelProto:
-    """Return the network as integer arithmetic in ONNX's standard operators.
-
-    Input: features (n, features) float32, prepared. Outputs: probability (n, 1) float32, and the integer sums `linear`
-    and, with neurons, `tables`, (n, 1) int64.
-    """
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    nodes, constants = [], []
-
-    def constant(name: str, value: Any, dtype: type) -> str:
-        constants.append(numpy_helper.from_array(np.asarray(value, dtype), name))
-        return name
-
-    def add(operator_name: str, *inputs: str, output: str, **attributes: Any) -> str:
-        nodes.append(helper.make_node(operator_name, list(inputs), [output], **attributes))
-        return output
-
-    def logit_of(total: str, bits: int, step: float) -> str:
-        """Decode the sum `total` of `bits` from total_wide and weight it: its part of the logit."""
-        whole, period = (constant(f"{total}_{2**k}", 2 ** (bits + k), np.int64) for k in (0, 1))
-        value = add("Mod", f"{total}_wide", period, output=f"{total}_positive")
-        for end, name in ((2 ** (bits - 1), f"{total}_half"), (2**bits, total)):  # see `decoded`
-            below = add("Less", f"{total}_positive", constant(f"{name}_end", end, np.int64), output=f"{name}_below")
-            less = add("Sub", value, whole, output=f"{name}_less")
-            value = add("Where", below, value, less, output=name)
-        real = add("Cast", value, output=f"{total}_double", to=TensorProto.DOUBLE)
-        return add("Mul", real, constant(f"{total}_step", step, np.float64), output=f"{total}_logit")
-
-    top = 2 ** (network.input_bits - 1) - 1
-    real = add("Cast", "features", output="features_double", to=TensorProto.DOUBLE)
-    steps = add("Div", real, constant("input_step", network.input_step, np.float64), output="steps")
-    ends = [constant(name, end, np.float64) for name, end in (("lowest", -top), ("highest", top))]
-    clipped = add("Clip", add("Round", steps, output="rounded"), *ends, output="clipped")
-    x = add("Cast", clipped, output="integers", to=TensorProto.INT64)
-    add("MatMul", x, constant("linear_weights", network.linear[:, None], np.int64), output="linear_wide")
-    sums, logit = ["linear"], logit_of("linear", network.linear_bits, network.numbers["linear_step"])
-    if network.neurons:
-        sums.append("tables")
-        unit, entries = network.rounding_unit, 2**network.rounding_bits
-        product = add("MatMul", x, constant("weights", network.weights, np.int64), output="product")
-        # The lowest accumulator becomes 0, half a unit rounds, and a division of what is not negative truncates.
-        start = network.bias.astype(np.int64) + entries // 2 * unit + unit // 2
-        moved = add("Add", product, constant("bias", start, np.int64), output="moved")
-        inside = add("Mod", moved, constant("period", 2 * entries * unit, np.int64), output="inside")
-        index = add("Div", inside, constant("unit", unit, np.int64), output="index")
-        stored = constant("entries", np.hstack([network.tables, -network.tables]).T, np.int64)
-        outputs = add("GatherElements", stored, index, output="outputs", axis=0)
-        add("ReduceSum", outputs, constant("neurons", [1], np.int64), output="tables_wide")
-        tables = logit_of("tables", network.tables_bits, network.table_step)
-        logit = add("Add", tables, logit, output="sum_of_logits")
-    logit = add("Add", logit, constant("offset", network.offset, np.float64), output="logit")
-    add("Sigmoid", add("Cast", logit, output="logit_float", to=TensorProto.FLOAT), output="probability")
-    outputs = [helper.make_tensor_value_info("probability", TensorProto.FLOAT, [None, 1])]
-    outputs += [helper.make_tensor_value_info(name, TensorProto.INT64, [None, 1]) for name in sums]
-    inputs = [helper.make_tensor_value_info("features", TensorProto.FLOAT, [None, network.features])]
-    graph = helper.make_graph(nodes, "quantized_network", inputs, outputs, constants)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
-    numbers = {f.name: repr(getattr(network, f.name)) for f in fields(network) if f.type in ("int", "float")}
-    helper.set_model_props(model, numbers)
-    onnx.checker.check_model(model, full_check=True)
-    return model
-
-
-def from_onnx(model: onnx.ModelProto) -> QuantizedNetwork:
-    """Return the network that `to_onnx` wrote. Raises ValueError, KeyError or others for another graph."""
-    from onnx import numpy_helper
-
-    facts = {entry.key: entry.value for entry in model.metadata_props}
-    values = {value.name: numpy_helper.to_array(value) for value in model.graph.initializer}
-    types = {"int": int, "float": float}
-    numbers = {f.name: types[f.type](facts[f.name]) for f in fields(QuantizedNetwork) if f.type in types}
-    if max(numbers["accumulator_bits"], numbers["rounding_bits"]) > MOST_SUM_BITS:  # before they are powers of 2
-        raise ValueError("a number of bits that no network has")
-    linear, entries = values["linear_weights"][:, 0], 2 ** numbers["rounding_bits"]
-    unit = 2 ** max(0, numbers["accumulator_bits"] - numbers["rounding_bits"])
-    start = entries // 2 * unit + unit // 2
-    arrays = {
-        "weights": values.get("weights", np.zeros((len(linear), 0))),
-        "bias": values.get("bias", np.zeros(0) + start) - start,
-        "tables": values.get("entries", np.zeros((entries, 0)))[:entries].T,
-        "linear": linear,
-    }
-    network = QuantizedNetwork(**numbers, **{name: value.astype(np.int32) for name, value in arrays.items()})
-    if to_onnx(network) != model:
-        raise ValueError("is another graph than step 4 writes")
-    return network
-
-
-def load_onnx(path: Path, features: int) -> QuantizedNetwork:
-    """Return the network in an .onnx file of step 4. Raises InputError for anything else."""
-    remedy = "make it with: python h5_onnx_converter.py"
-    try:
-        network = from_onnx(read_graph(path))
-        if network.features != features:
-            raise ValueError(f"{network.features} features; the arrays have {features}")
-        return network
-    except Exception as error:
-        raise InputError(f"{path}: is not a valid quantized network ({first_line(error)}); {remedy}") from None
