@@ -75,12 +75,9 @@ def train(data: Dataset, recipe: Recipe) -> tuple[networks.MLP, dict[str, list[f
     import tf_keras
 
     steps = recipe.epochs * -(-networks.epoch_rows(data.train.y) // recipe.batch_size)
-    warm_up = int(WARM_UP * steps)
+    rising, highest = int(WARM_UP * steps), recipe.learning_rate
     rate = tf_keras.optimizers.schedules.CosineDecay(
-        START_SHARE * recipe.learning_rate,
-        steps - warm_up,
-        warmup_target=recipe.learning_rate,
-        warmup_steps=warm_up,
+        START_SHARE * highest, steps - rising, warmup_target=highest, warmup_steps=rising
     )
     start = new_mlp(data, recipe)
     model = networks.to_train(start, recipe.seed)
@@ -112,21 +109,18 @@ def cross_validate(data: Dataset, folds: int, recipe: Recipe) -> dict[str, Any]:
 
     known = data.train.join(data.val)
     patient = known.beats["patient"]
-    if patient.nunique() < folds:
-        raise cli.InputError(
-            f"--folds {folds}: the training and validation part have {patient.nunique()} known patients"
-        )
+    if (count := patient.nunique()) < folds:
+        raise cli.InputError(f"--folds {folds}: the training and validation part have {count} known patients")
     decided = np.zeros_like(known.y)
     split = StratifiedGroupKFold(folds, shuffle=True, random_state=recipe.seed)
     for others, held_out in split.split(known.X, known.beats["aami"], patient):
-        fold = replace(data, train=known.take(others), val=known.take(held_out))
-        mlp, _ = train(fold, recipe)
+        mlp, _ = train(replace(data, train=known.take(others), val=known.take(held_out)), recipe)
         decided[held_out] = mlp.decided_at(recipe.usual_threshold).decisions(known.X[held_out])
     own = ~known.copied
     found = {"patients": known.take(own).figures(decided[own])}
-    table = ecg.by_record(known.y[own], decided[own], known.beats[own])
     if not own.all():
         found["copies in which S is frequent"] = known.take(~own).figures(decided[~own])
+    table = ecg.by_record(known.y[own], decided[own], known.beats[own])
     return {**found, "by_record": table.reset_index().to_dict("records")}
 
 
@@ -135,21 +129,21 @@ def plot_training(history: dict[str, list[float]], noise: float, path: Path) -> 
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
-    epochs = np.arange(1, len(history["loss"]) + 1)
+    table = pd.DataFrame(history, index=range(1, len(history["loss"]) + 1))
+    labels = ["training, with noise" if noise else "training", "validation"]
     for axis, name, unit in zip(axes, ("loss", "accuracy"), ("binary cross-entropy", "share of beats")):
-        axis.plot(epochs, history[name], label="training, with noise" if noise else "training")
-        axis.plot(epochs, history[f"val_{name}"], label="validation")
+        axis.plot(table[[name, f"val_{name}"]], label=labels)
         axis.set(xlabel="epoch", ylabel=f"{name} ({unit})", title=f"Baseline MLP: {name}")
         axis.legend()
     save_figure(figure, path)
 
 
-def plot_roc(y: np.ndarray, probability: np.ndarray, auc: float, path: Path) -> None:
-    """Draw sensitivity against false alarms on the test set, with the corner that matters enlarged."""
+def plot_roc(part: Part, mlp: networks.MLP, auc: float, path: Path) -> None:
+    """Draw sensitivity against false alarms, with the corner that matters enlarged."""
     import matplotlib.pyplot as plt
     from sklearn.metrics import roc_curve
 
-    false_positive, true_positive, _ = roc_curve(y, probability)
+    false_positive, true_positive, _ = roc_curve(part.y, mlp.probabilities(part.X))
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.6))
     for axis, title in zip(axes, ("ROC of the test set", "its upper left corner")):
         axis.plot(100 * false_positive, 100 * true_positive, label=f"baseline MLP, AUC {auc:.4f}")
@@ -164,13 +158,14 @@ def plot_records(table: pd.DataFrame, path: Path) -> None:
     """Draw the balanced accuracy of each record of the test set, the worst first; of one label, what is defined."""
     import matplotlib.pyplot as plt
 
-    shown = table.assign(shown=table["balanced_accuracy"].fillna(table["specificity"]).fillna(table["sensitivity"]))
-    shown = shown.sort_values("shown")
-    both = shown["balanced_accuracy"].notna()
-    figure, axis = plt.subplots(figsize=(max(8, 0.3 * len(shown)), 4.6))
-    axis.bar(shown.index, 100 * shown["shown"], color=["tab:blue" if one else "lightgrey" for one in both])
-    for kind, marker in (("sensitivity", "^"), ("specificity", "v")):
-        axis.plot(shown.index, 100 * shown[kind], marker, color="black", ms=5, ls="none", label=kind)
+    table = 100 * table[["balanced_accuracy", "sensitivity", "specificity"]]
+    table["shown"] = table["balanced_accuracy"].fillna(table["specificity"]).fillna(table["sensitivity"])
+    table = table.sort_values("shown")
+    figure, axis = plt.subplots(figsize=(max(8, 0.3 * len(table)), 4.6))
+    colour = np.where(table["balanced_accuracy"].notna(), "tab:blue", "lightgrey")
+    axis.bar(table.index, table["shown"], color=colour)
+    axis.plot(table["sensitivity"], "k^", ms=5, label="sensitivity")
+    axis.plot(table["specificity"], "kv", ms=5, label="specificity")
     axis.set(ylabel="balanced accuracy (%)", xlabel="record (grey: beats of one label only)", ylim=(0, 103))
     axis.set_title("Baseline MLP: test set by record")
     axis.tick_params(axis="x", rotation=90)
@@ -179,28 +174,23 @@ def plot_records(table: pd.DataFrame, path: Path) -> None:
 
 
 def print_figures(found: dict[str, dict[str, Any]]) -> None:
-    """Print gross figures with intervals, averages over records and shares found of each class, a column a set."""
-    rows: dict[str, dict[str, str]] = {}
-    for title, one in found.items():
-        column = {"beats": f"{one['beats']}", "accuracy": f"{one['accuracy']:.4f}"}
-        for name in ecg.FIGURES:
-            low, high = one.get("interval95", {}).get(name) or (np.nan, np.nan)
-            column[name] = f"{one[name]:.4f}" + (f" ({low:.3f} to {high:.3f})" if low == low else "")
-            if "average" in one:
-                column[f"{name}, mean of records"] = f"{one['average'][name]:.4f}"
-        column |= {f"class {c} found": f"{share:.4f}" for c, share in one.get("found", {}).items()}
-        rows[title] = column
-    print(f"\n{pd.DataFrame(rows).fillna('').to_string()}")
+    """Print all figures, a column a set."""
+    columns = []
+    for one in found.values():
+        ends = one.get("interval95", {}).items()
+        columns.append({**one, "interval95": {name: f"{low:.3f} to {high:.3f}" for name, (low, high) in ends}})
+    table = pd.json_normalize(columns, sep=" ").set_axis(list(found)).astype(object).T
+    print(f"\n{table.to_string(float_format='{:.4f}'.format, na_rep='')}")
 
 
 def report_folds(data: Dataset, folds: int, recipe: Recipe, workdir: Path) -> None:
     """Cross-validate, write and print the figures."""
-    found = {"folds": folds, **asdict(recipe), **cross_validate(data, folds, recipe)}
-    cli.write_json(workdir / "MLP_model_0_folds.json", found)
+    found = cross_validate(data, folds, recipe)
+    cli.write_json(workdir / "MLP_model_0_folds.json", {"folds": folds, **asdict(recipe), **found})
     shown = ["record", "beats", *"NSVF", *ecg.FIGURES]
-    table = pd.DataFrame(found["by_record"])[shown].sort_values("balanced_accuracy")
+    table = pd.DataFrame(found.pop("by_record"))[shown].sort_values("balanced_accuracy")
     print(f"\n{table.to_string(index=False, float_format='{:.3f}'.format, na_rep='')}")
-    print_figures({title: one for title, one in found.items() if isinstance(one, dict)})
+    print_figures(found)
     print(f"wrote MLP_model_0_folds.json to {workdir}")
 
 
@@ -215,43 +205,30 @@ def report(mlp: networks.MLP, data: Dataset, recipe: Recipe, workdir: Path) -> N
         "validation": figures(mlp, data.val),
         "test": figures(mlp, data.test),
     }
-    written = ["MLP_model_0.h5", "_metrics.json", "_training.png", "_roc.png"]
     if data.test.named:
         table = ecg.by_record(data.test.y, mlp.decisions(data.test.X), data.test.beats)
         metrics["test_by_record"] = table.reset_index().to_dict("records")
         plot_records(table, workdir / "MLP_model_0_records.png")
-        written.append("_records.png")
     cli.write_json(workdir / "MLP_model_0_metrics.json", metrics)
-    plot_roc(data.test.y, mlp.probabilities(data.test.X), metrics["test"]["auc"], workdir / "MLP_model_0_roc.png")
+    plot_roc(data.test, mlp, metrics["test"]["auc"], workdir / "MLP_model_0_roc.png")
     print_figures({part: metrics[part] for part in ("validation", "test")})
-    print(f"decision threshold {mlp.threshold:.2f}; counts of the test set: {metrics['test']['counts']}")
-    print(f"wrote {', '.join(written)} to {workdir}")
+    print(f"decision threshold {mlp.threshold:.2f}; wrote MLP_model_0.h5, _metrics.json and pictures to {workdir}")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line."""
     parser = cli.make_parser(__doc__)
-    option = parser.add_argument
+    option, default = parser.add_argument, "default: {:g}, for unseen patients {:g}".format
     option("--hidden", type=cli.positive_int, nargs="+", default=HIDDEN, help="neurons of each hidden layer")
-    option(
-        "--noise",
-        type=cli.number(float, 0, sys.float_info.max, "a number from 0"),
-        help=f"standard deviation added to the features (default: {NOISE:g}, for unseen patients {NOISE_UNSEEN:g})",
-    )
-    option(
-        "--epochs",
-        type=cli.positive_int,
-        help="each of as many drawn rows as a balanced training part has "
-        f"(default: {EPOCHS}, for unseen patients {EPOCHS_UNSEEN})",
-    )
+    what = f"standard deviation added to the features ({default(NOISE, NOISE_UNSEEN)})"
+    option("--noise", type=cli.number(float, 0, sys.float_info.max, "a number from 0"), help=what)
+    what = f"each of as many drawn rows as a balanced training part has ({default(EPOCHS, EPOCHS_UNSEEN)})"
+    option("--epochs", type=cli.positive_int, help=what)
     option("--batch-size", type=cli.positive_int, default=BATCH_SIZE, help="beats a gradient step")
     option("--learning-rate", type=cli.positive_float, default=LEARNING_RATE, help="of Adam, at its highest")
-    option(
-        "--threshold",
-        type=cli.number(float, sys.float_info.min, cli.BELOW_ONE, "a number between 0 and 1"),
-        help=f"probability that decides (default: {THRESHOLD:g}, for unseen patients {THRESHOLD_UNSEEN:g}, unless "
-        "validation rows clearly ask for another)",
-    )
+    chance = cli.number(float, sys.float_info.min, cli.BELOW_ONE, "a number between 0 and 1")
+    usual = f"{default(THRESHOLD, THRESHOLD_UNSEEN)}, unless validation rows clearly ask for another"
+    option("--threshold", type=chance, help=f"probability that decides ({usual})")
     option("--expand", type=public_map, default=NONE, help="public map of the features: none or fourier:N")
     option("--folds", type=cli.positive_int, help="cross-validate over patients in so many parts; trains no baseline")
     args = parser.parse_args(argv)
@@ -280,8 +257,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         report_folds(data, args.folds, recipe, args.workdir)
         return
     mlp, history = train(data, recipe)
-    val, usual = data.val, recipe.usual_threshold
-    chosen = ecg.choose_threshold(mlp.probabilities(val.X), val.y, val.beats["patient"], usual)
+    val, patients = data.val, data.val.beats["patient"].to_numpy()
+    chosen = ecg.choose_threshold(mlp.probabilities(val.X), val.y, patients, recipe.usual_threshold)
     path = args.workdir / "MLP_model_0.h5"
     networks.save_mlp(mlp.decided_at(args.threshold or chosen), path)
     plot_training(history, recipe.noise, args.workdir / "MLP_model_0_training.png")

@@ -1,8 +1,8 @@
 """Step 2: zero a growing share of the baseline's weights while training goes on (TFMOT, polynomial decay).
 
-Structured: whole blocks of a neuron's incoming weights are zeroed together, because the cost of
-an encrypted network falls only with its neurons; step 3 removes those with the most zeros. The output layer is left
-whole. Training rows are drawn and the features noised as in step 1.
+Structured: whole blocks of a neuron's incoming weights are zeroed together, because the cost of an encrypted network
+falls only with its neurons; step 3 removes those with the most zeros. The output layer is left whole. Training rows are
+drawn and the features noised as in step 1.
 
 Reads   MLP_model_0.h5 in --workdir (python MLP_model_0.py makes it) and the arrays in --data-dir
 Writes  to --workdir: tf_pruned_model.h5, tf_pruned_model_metrics.json, tf_pruned_model_training.png
@@ -12,8 +12,8 @@ Run     python TF_pruning.py
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,61 +35,39 @@ UPDATE_EVERY = 50  # gradient steps between two updates of the masks
 BLOCK_ROWS = "4"  # incoming weights of a neuron zeroed together; docs/RESULTS.md compares it with 1, 8 and all
 
 
-def block_mask(weights: Any, rows: int, choose: Callable[[Any], tuple[Any, Any]]) -> tuple[Any, Any]:
-    """Return threshold and mask of a kernel (inputs, neurons); 0 where a block of `rows` weights of a neuron is zeroed.
+def block_mask(weights: Any, rows: str, choose: Callable[[Any], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Return threshold and mask of a kernel (inputs, neurons); 0 where a block of a neuron's weights is zeroed.
 
-    Blocks are ranked by their mean absolute weight; `choose(means)` is TFMOT's rule for single values, which returns
-    the threshold and a mask of the blocks. A last block that `rows` does not fill counts by its own mean.
+    rows: weights of a block, a number or "neuron". Blocks are ranked by their mean absolute weight; `choose(means)` is
+    TFMOT's rule for single values, which returns the threshold and a mask of the blocks. A last block that `rows` does
+    not fill counts by its own mean.
     """
     import tensorflow as tf
 
-    block_of_row = np.arange(weights.shape[0]) // rows
+    block_of_row = np.arange(len(weights)) // (len(weights) if rows == "neuron" else int(rows))
     means = tf.math.unsorted_segment_mean(tf.abs(weights), block_of_row, int(block_of_row[-1]) + 1)
     threshold, kept = choose(means)
     return threshold, tf.gather(kept, block_of_row)
 
 
-def wrap_for_pruning(
-    model: tf_keras.Sequential, block_rows: int | None, steps: int, sparsity: tuple[float, float]
-) -> tf_keras.Sequential:
-    """Return a copy of `model` whose hidden Dense layers prune themselves over `steps` gradient steps.
+def wrap_for_pruning(model: tf_keras.Sequential, steps: int, args: argparse.Namespace) -> tf_keras.Sequential:
+    """Return `model` with hidden Dense layers that prune themselves over `steps` gradient steps.
 
-    block_rows: None for whole neurons; sparsity: share of zero weights in each hidden layer at the start and the end.
     The schedule, of Zhu & Gupta, "To prune, or not to prune", arXiv:1710.01878 (TFMOT's PolynomialDecay, power 3), ends
     at the last update of the masks, so that the final sparsity is reached exactly.
     """
     import tf_keras
-    from tensorflow_model_optimization.python.core.sparsity.keras import pruning_impl, pruning_wrapper
-    from tensorflow_model_optimization.sparsity.keras import PolynomialDecay
-
-    class BlockPruning(pruning_impl.Pruning):
-        """TFMOT's pruning with blocks of one neuron's weights; its own block_size cannot span a whole column."""
-
-        def _maybe_update_block_mask(self, weights: Any) -> tuple[Any, Any]:
-            return block_mask(weights, block_rows or weights.shape[0], self._update_mask)
-
-    class PruneBlocks(pruning_wrapper.PruneLowMagnitude):
-        """TFMOT's layer wrapper, with BlockPruning inside."""
-
-        def build(self, input_shape: Any) -> None:
-            super().build(input_shape)
-            self.pruning_obj = BlockPruning(
-                lambda: self.pruning_step, self.pruning_vars, self.pruning_schedule, self.block_size, "AVG"
-            )
+    from tensorflow_model_optimization.sparsity.keras import PolynomialDecay, prune_low_magnitude
 
     every = min(UPDATE_EVERY, max(1, steps - 1))
     end_step = (steps - 1) // every * every or 1  # TFMOT counts from 0
-
-    def wrap(layer: tf_keras.layers.Layer) -> tf_keras.layers.Layer:
-        copy = layer.__class__.from_config(layer.get_config())
-        if not isinstance(layer, tf_keras.layers.Dense) or layer is model.layers[-1]:
-            return copy
-        schedule = PolynomialDecay(*sparsity, 0, end_step, frequency=every)
-        return PruneBlocks(copy, pruning_schedule=schedule)
-
-    wrapped = tf_keras.models.clone_model(model, clone_function=wrap)
-    for old, new in zip(model.layers, wrapped.layers):
-        getattr(new, "layer", new).set_weights(old.get_weights())
+    schedule = PolynomialDecay(args.initial_sparsity, args.final_sparsity, 0, end_step, frequency=every)
+    *layers, output = model.layers
+    layers = [prune_low_magnitude(layer, schedule) if hasattr(layer, "kernel") else layer for layer in layers]
+    wrapped = tf_keras.Sequential([tf_keras.layers.Input(model.input_shape[1:]), *layers, output])
+    for pruning in (layer.pruning_obj for layer in layers if hasattr(layer, "pruning_obj")):
+        # TFMOT's own blocks cannot span a whole column.
+        pruning._maybe_update_block_mask = partial(block_mask, rows=args.block_rows, choose=pruning._update_mask)
     return wrapped
 
 
@@ -104,14 +82,14 @@ def plot_epochs(sparsity: list[dict[str, float]], val_accuracy: list[float], bef
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 1, figsize=(8, 7), sharex=True)
-    epochs = np.arange(1, len(sparsity) + 1)
-    for place, name in enumerate(list(sparsity[0])[:-1]):  # they nearly coincide: the later ones thinner
-        axes[0].plot(epochs, [100 * s[name] for s in sparsity], linewidth=9 - 2.5 * place, label=name)
+    table = 100 * pd.DataFrame(sparsity, index=range(1, len(sparsity) + 1)).assign(accuracy=val_accuracy)
+    for place, name in enumerate(table.columns[:-2]):  # they nearly coincide: the later ones thinner
+        axes[0].plot(table[name], linewidth=9 - 2.5 * place, label=name)
     axes[0].set(ylabel="zero weights (%)", title="Structured pruning: sparsity of the hidden layers", ylim=(0, 100))
     axes[0].legend()
-    axes[1].plot(epochs, [100 * a for a in val_accuracy], marker=".", label="while pruning")
+    axes[1].plot(table["accuracy"], marker=".", label="while pruning")
     axes[1].axhline(100 * before, color="grey", ls="--", label="before pruning")
-    axes[1].set(xlabel="epoch", ylabel="validation accuracy (%)", title="Validation accuracy", xticks=epochs)
+    axes[1].set(xlabel="epoch", ylabel="validation accuracy (%)", title="Validation accuracy", xticks=table.index)
     axes[1].legend()
     save_figure(figure, path)
 
@@ -148,12 +126,9 @@ def prune(
     import tf_keras
     from tensorflow_model_optimization.sparsity.keras import UpdatePruningStep, strip_pruning
 
-    train, val = data.train, data.val
-    rows = None if args.block_rows == "neuron" else int(args.block_rows)
-    steps = args.epochs * math.ceil(networks.epoch_rows(train.y) / args.batch_size)
-    model = networks.to_train(mlp, args.seed)
-    wrapped = wrap_for_pruning(model, rows, steps, (args.initial_sparsity, args.final_sparsity))
-    adam = tf_keras.optimizers.Adam(args.learning_rate)
+    val, adam = data.val, tf_keras.optimizers.Adam(args.learning_rate)
+    steps = args.epochs * -(-networks.epoch_rows(data.train.y) // args.batch_size)
+    wrapped = wrap_for_pruning(networks.to_train(mlp, args.seed), steps, args)
     wrapped.compile(adam, "binary_crossentropy", metrics=["accuracy"], weighted_metrics=[])
     sparsity: list[dict[str, float]] = []
     record = tf_keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: sparsity.append(layer_sparsity(wrapped)))
@@ -177,13 +152,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = args.workdir / "tf_pruned_model.h5"
     networks.save_mlp(pruned, path)
     reloaded = networks.load_mlp(path, "python TF_pruning.py")
-
     stages = {
         stage: {name: data.parts[name].figures(network.decisions(data.parts[name].X)) for name in ("val", "test")}
         for stage, network in (("before", mlp), ("after", pruned), ("reloaded", reloaded))
     }
-    names = [*(f"hidden_{number}" for number in range(1, len(reloaded.layers))), "output"]
-    final = {name: float(np.mean(kernel == 0)) for name, (kernel, _) in zip(names, reloaded.layers)}
+    final = layer_sparsity(networks.to_keras(reloaded))
     metrics = {"block_rows": args.block_rows, "seed": args.seed, "figures": stages, "sparsity": final}
     cli.write_json(args.workdir / "tf_pruned_model_metrics.json", metrics)
     before = stages["before"]["val"]["accuracy"]

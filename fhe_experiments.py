@@ -23,19 +23,21 @@ Run     python fhe_experiments.py
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from fhe_mlp import cli, experiments
 from fhe_mlp.dataset import load_dataset, stratified_order
 from fhe_mlp.deployment import check_new, export_network
 from fhe_mlp.encrypted import BEATS_PER_CALL, scheme_names
-from fhe_mlp.experiments import Draws, Experiment, Report, Results, Task, Terms
-from fhe_mlp.networks import by_rank
-from fhe_mlp.quantized import BITS, SAME_COST, TOLERATED_LOSS
+from fhe_mlp.experiments import Draws, Experiment, Report, Results, jobs, load_configuration, tasks
+from fhe_mlp.networks import by_rank, load_mlp
+from fhe_mlp.quantized import BITS, RANKING, TOLERATED_LOSS, lowest_cost
 from fhe_mlp.scaling import NONE
 from fhe_mlp.workers import LOST, Workers, open_workers
 
@@ -91,24 +93,23 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def chosen_networks(args: argparse.Namespace) -> list[Path]:
-    """Return the paths of the float networks. Raises InputError where there are none or names collide."""
+def describe(args: argparse.Namespace) -> tuple[Experiment, Draws, list[str]]:
+    """Load data and networks.
+
+    Returns the experiment that is asked for, its test rows, and the keys of all configurations at hand: those of
+    --workdir and of the experiment. Raises InputError where there is no network, or names collide.
+    """
     paths = args.models or by_rank(args.workdir, ".onnx")[: 1 if args.export else args.top]
     if not paths:
         raise cli.InputError(f"{args.workdir}: no pruned_model_top_*.onnx; make them with: python h5_onnx_converter.py")
     if len({path.stem for path in paths}) < len(paths):
         raise cli.InputError("--models: two files have the same name; their rows could not be told apart")
-    return paths
-
-
-def describe(args: argparse.Namespace) -> tuple[Experiment, Draws, list[str]]:
-    """Load data and networks.
-
-    Returns the experiment that is asked for, its test rows, and the keys of all configurations at hand: those of
-    --workdir and of the experiment.
-    """
-    paths = chosen_networks(args)
-    data = load_dataset(args.data_dir, experiments.public_map(paths))
+    files = [path.with_suffix(".h5") for path in paths]
+    maps = {load_mlp(file, "python dynamic_pruning_eval.py").map for file in files if file.exists()} or {NONE}
+    if len(maps) > 1:
+        several = ", ".join(sorted(maps))
+        raise cli.InputError(f"--models: networks of several public maps ({several}); run them one by one")
+    data = load_dataset(args.data_dir, *maps)
     order, X = stratified_order(data.test.beats, args.seed), data.train.X
     draws = Draws(order, args.batch_size, args.samples, range(args.start_batch, args.start_batch + args.batches))
     last = (len(order) - 1) // args.batch_size
@@ -118,46 +119,35 @@ def describe(args: argparse.Namespace) -> tuple[Experiment, Draws, list[str]]:
     rng = np.random.default_rng(args.seed)
     calibration = X[rng.choice(len(X), min(CALIBRATION_ROWS, len(X)), replace=False, p=data.draw)]
     basis = {"data_sha256": data.sha256, **experiments.versions(), "seed": args.seed}
-    terms = Terms(args.scheme, args.post_training, args.rounding_bits, args.p_error, basis)
-    # What is asked for comes first, and so do refusals of its files.
-    asked = [terms.load(path, bits, X.shape[1]) for path in paths for bits in args.bits]
+    load = functools.partial(load_configuration, features=X.shape[1], args=args, basis=basis)
+    asked = [load(path, bits) for path in paths for bits in args.bits]  # first, and so are refusals of its files
     at_hand = dict.fromkeys([*by_rank(args.workdir, ".onnx"), *paths])
-    known = [terms.load(path, bits, X.shape[1]).key for path in at_hand for bits in BITS]
-    simulated = np.sort(order[:SIMULATED_ROWS])
-    beats = BEATS_PER_CALL if args.export else max(2, min(BEATS_PER_CALL, args.samples - experiments.ALONE))
-    configurations = {configuration.key: configuration for configuration in asked}
-    return Experiment(data, basis, calibration, simulated, beats, args.max_seconds, configurations), draws, known
-
-
-def describe_settings(args: argparse.Namespace, patients: str) -> dict[str, Any]:
-    """Return the settings sheet: machine, versions, options, and what columns mean."""
-    options = {f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items()}
-    return {**cli.machine_facts(), "patients of the test set": patients, **options, **experiments.meanings()}
+    known = list(dict.fromkeys(load(path, bits).key for path in at_hand for bits in BITS))
+    beats = BEATS_PER_CALL if args.export else max(2, min(BEATS_PER_CALL, args.samples - tasks.ALONE))
+    rows, configurations = np.sort(order[:SIMULATED_ROWS]), {one.key: one for one in asked}
+    return Experiment(data, basis, calibration, rows, beats, args.max_seconds, configurations), draws, known
 
 
 def best_for_export(candidates: Sequence[dict[str, Any]], max_loss: float) -> int:
-    """Return the number of the candidate to deploy, from the facts of each: q_bits, complexity and accuracies.
+    """Return the number of the candidate to deploy, from the facts of each: of lowest_cost, the most accurate.
 
-    Of those at most `max_loss` below the best, the lowest complexity; of those that cost the same but for SAME_COST,
-    the most bits, and then the best accuracy.
+    max_loss: of validation accuracy, below the best.
     """
     name = "balanced_accuracy_validation"
-    accuracy = [facts.get(f"noisy_{name}", facts[name]) for facts in candidates]
-    good = [number for number, value in enumerate(accuracy) if value >= max(accuracy) - max_loss]
-    most = min(candidates[number]["complexity"] for number in good) * (1 + SAME_COST)
-    same = [number for number in good if candidates[number]["complexity"] <= most]
-    return max(same, key=lambda number: (candidates[number]["q_bits"], accuracy[number]))
+    rows = [(one["q_bits"], one["complexity"], one.get(f"noisy_{name}", one[name])) for one in candidates]
+    table = pd.DataFrame(rows, columns=["bits", "predicted_complexity", RANKING]).sort_values(RANKING, ascending=False)
+    return lowest_cost(table, table[RANKING].max() - max_loss).name
 
 
 def export(experiment: Experiment, key: str, model: dict[str, Any], X: np.ndarray, folder: Path) -> None:
     """Write client and server of a configuration; a job, since it compiles."""
-    export_network(experiments.compiled(experiment, key), model, X, folder)
+    export_network(jobs.compiled(experiment, key), model, X, folder)
 
 
-def export_best(args: argparse.Namespace, experiment: Experiment, tasks: list[Task], workers: Workers) -> None:
+def export_best(args: argparse.Namespace, experiment: Experiment, todo: list[tasks.Task], workers: Workers) -> None:
     """Write client and server for the best of the tasks. Raises InputError when none can be compiled."""
-    experiments.measure_all(tasks, workers, None)
-    candidates = [task for task in tasks if task.measured and task.configuration.network]
+    list(tasks.measure_all(todo, workers))
+    candidates = [task for task in todo if task.measured and task.configuration.network]
     if not candidates:
         raise cli.InputError("no network of step 3 that can be compiled is among these; see --models and --bits")
     best = candidates[best_for_export([task.facts for task in candidates], args.max_loss)]
@@ -177,21 +167,22 @@ def export_best(args: argparse.Namespace, experiment: Experiment, tasks: list[Ta
     print(f"wrote client/, server/ and README.md for {configuration.label} to {args.export}")
 
 
-def run(args: argparse.Namespace, experiment: Experiment, tasks: list[Task], results: Results) -> None:
+def run(args: argparse.Namespace, experiment: Experiment, todo: list[tasks.Task], results: Results) -> None:
     """Compile, print the plan, and measure and encrypt what is affordable; or export."""
     scheduler = args.scheduler or f"{LOCAL}1"
     here = scheduler.startswith(LOCAL)
     processes, address = (int(scheduler.removeprefix(LOCAL)), None) if here else (0, scheduler)
     with open_workers(experiment, processes, address, experiments.versions) as workers:
-        experiments.compile_all(tasks, workers)
+        tasks.compile_all(todo, workers)
         if args.export:
-            export_best(args, experiment, tasks, workers)
+            export_best(args, experiment, todo, workers)
             return
-        experiments.predict(tasks, workers, args.max_seconds, here)
-        experiments.print_plan(tasks, len(experiment.configurations) - len(tasks))
+        tasks.predict(todo, workers, args.max_seconds, here)
+        tasks.print_plan(todo, len(experiment.configurations) - len(todo))
         if not args.dry_run:
-            experiments.measure_all(tasks, workers, results)
-            experiments.encrypt_all(tasks, workers, results)
+            for task, clear in tasks.measure_all(todo, workers):
+                task.store(results, clear)
+            tasks.encrypt_all(todo, workers, results)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -199,23 +190,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.export:
         check_new(args.export)
-    if args.beside:
-        experiments.read_beside(args.workdir, args.beside)
+    beside = experiments.read_beside(args.workdir, args.beside) if args.beside else None
     experiment, draws, keys = describe(args)
     write = not (args.dry_run or args.report or args.export)
     if write:
         cli.check_writable(args.workdir)
+    options = {f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items()}
+    settings = {**cli.machine_facts(), "patients of the test set": experiment.data.patients, **options}
     with Results(args.workdir / DATABASE, write) as results:
-        settings = describe_settings(args, experiment.data.patients)
-        report = Report(args.workdir, results, keys, experiment, draws, settings, args.beside)
-        tasks = experiments.find_tasks(experiment, draws, results)
-        if not args.export:
-            tasks = [task for task in tasks if not task.finished]
+        report = Report(args.workdir, results, keys, experiment, draws, settings | experiments.meanings(), beside)
+        todo = tasks.find_tasks(experiment, draws, results)
+        todo = [task for task in todo if args.export or not task.finished]
         try:
-            if not tasks and not args.report:
+            if not todo and not args.report:
                 print(f"all {len(experiment.configurations)} configurations are finished and stay as they are")
             elif not args.report:
-                run(args, experiment, tasks, results)
+                run(args, experiment, todo, results)
         except KeyboardInterrupt:
             if write and results.facts(keys):
                 print("\nwriting the workbooks of what is finished ...", flush=True)

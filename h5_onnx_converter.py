@@ -23,11 +23,7 @@ if TYPE_CHECKING:
     import onnx
 
 OPSET = 14  # what Concrete ML 1.9 asserts
-MADE_BY = {
-    "MLP_model_0": "python MLP_model_0.py",
-    "tf_pruned_model": "python TF_pruning.py",
-    "pruned_model": "python dynamic_pruning_eval.py",
-}
+STEP_3 = "python dynamic_pruning_eval.py"
 TOLERANCE = 1e-5  # largest difference of a float network's probability in ONNX Runtime
 
 
@@ -78,60 +74,42 @@ def write_quantized(network: quantized.QuantizedNetwork, target: Path, X: np.nda
                 raise SystemExit(f"{target}: ONNX Runtime computes other integers than the network ({name})")
 
 
-def remove_outdated(folder: Path, written: set[Path]) -> None:
-    """Delete the .onnx files of step 3's networks in `folder` that are not in `written`."""
-    for path in networks.by_rank(folder, ".onnx"):
-        if path not in written:
-            print(f"{path.name} removed: its .h5 is gone")
-            path.unlink()
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert, check, compare."""
     parser = cli.make_parser(__doc__)
     parser.add_argument("--models", type=Path, nargs="+", help=".h5 files (default: the ten of step 3)")
     args = parser.parse_args(argv)
-    cli.check_writable(args.workdir)
-    sources = args.models or networks.by_rank(args.workdir, ".h5")
+    workdir, made_by = args.workdir, "steps 1 to 3" if args.models else STEP_3
+    cli.check_writable(workdir)
+    sources = args.models or networks.by_rank(workdir, ".h5")
     if not sources:
-        made_by = MADE_BY["pruned_model"]
-        raise cli.InputError(f"{args.workdir}: no pruned_model_top_*.h5 here; make them with: {made_by}")
+        raise cli.InputError(f"{workdir}: no pruned_model_top_*.h5 here; make them with: {STEP_3}")
     if len({source.stem for source in sources}) < len(sources):
-        raise cli.InputError(
-            "--models: two files have the same name, and so would their .onnx; convert them one by one"
-        )
-    commands = [next((c for start, c in MADE_BY.items() if s.name.startswith(start)), "steps 1 to 3") for s in sources]
-    mlps = [networks.load_mlp(source, made_by) for source, made_by in zip(sources, commands)]
-    quantizeds = [quantized.read_networks(source, made_by) for source, made_by in zip(sources, commands)]
-    if len({mlp.map for mlp in mlps}) > 1:
-        raise cli.InputError("--models: the networks are of different public maps; convert them one by one")
-    X = load_dataset(args.data_dir, mlps[0].map).test.X
-    for source, mlp in zip(sources, mlps):
-        if mlp.features != X.shape[1]:
-            raise cli.InputError(f"{source}: takes {mlp.features} features, the arrays have {X.shape[1]}")
+        raise cli.InputError("--models: two files have the same name, and so would their .onnx; convert one by one")
+    loaded = [(networks.load_mlp(path, made_by), quantized.read_networks(path, made_by)) for path in sources]
+    data = load_dataset(args.data_dir, loaded[0][0].map)
+    for source, (mlp, _) in zip(sources, loaded):
+        networks.check_features(mlp, source, data)
     networks.start_tensorflow(args.seed)
-    rows, written = [], set()
-    for source, mlp, found in zip(sources, mlps, quantizeds):
-        target = args.workdir / f"{source.stem}.onnx"
+    rows, written, X = [], [], data.test.X
+    for source, (mlp, found) in zip(sources, loaded):
+        target = workdir / f"{source.stem}.onnx"
         nodes, largest = write_float(mlp, target, X)
-        written.add(target)
+        written.append(target)
         for network in found:
-            target = args.workdir / "quantized" / f"{source.stem}_{network.bits}bits.onnx"
-            write_quantized(network, target, X)
-            written.add(target)
+            written.append(workdir / "quantized" / f"{source.stem}_{network.bits}bits.onnx")
+            write_quantized(network, written[-1], X)
         bits = " ".join(str(network.bits) for network in found) or "none"
-        row = {"file": f"{source.stem}.onnx", "nodes": nodes, "largest difference": largest, "quantized to bits": bits}
-        rows.append(row)
+        rows.append({"file": target.name, "nodes": nodes, "largest difference": largest, "quantized to bits": bits})
         print(f"{source.name} -> .onnx and {len(found)} quantized, over {len(X)} rows", flush=True)
-    if not args.models:
-        for folder in (args.workdir, args.workdir / "quantized"):
-            remove_outdated(folder, written)
+    ranked = [*networks.by_rank(workdir, ".onnx"), *networks.by_rank(workdir / "quantized", ".onnx")]
+    for path in [] if args.models else ranked:
+        if path not in written:
+            print(f"{path.name} removed: its .h5 is gone")
+            path.unlink()
     print(f"\n{pd.DataFrame(rows).to_string(index=False, float_format='{:.4g}'.format)}\n")
-    print(
-        f"wrote {len(rows)} checked .onnx files (opset {OPSET}) and {len(written) - len(rows)} in quantized/, in",
-        end="",
-    )
-    print(f" {args.workdir}")
+    print(f"wrote {len(rows)} checked .onnx files (opset {OPSET}) and {len(written) - len(rows)} in quantized/", end="")
+    print(f", in {workdir}")
 
 
 if __name__ == "__main__":

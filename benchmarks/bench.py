@@ -1,10 +1,10 @@
 """Measure this pipeline against what else a user could pick, in one run on the same arrays.
 
 Measured are the configurations on the front of the last run of step 5, linear networks on public maps of the features
-(without bootstraps; steps 1 to 5 make them with --expand), an MLP with square activations under CKKS, Concrete ML's own
-models, and the best float network of step 3 quantized by Concrete ML after training. Rivals learn from the draws and
-with the noise of step 1. Accuracies are those of the quantized model, not encrypted. Seconds are those of one encrypted
-beat with all that the client does; beats per second and kilobytes per beat, those of a full payload.
+(without bootstraps; steps 1 to 5 make them with --expand), an MLP with square activations under CKKS, and Concrete ML's
+own models. Rivals learn from the draws and with the noise of step 1. Accuracies are those of the quantized model, not
+encrypted. Seconds are those of one encrypted beat with all that the client does; beats per second and kilobytes per
+beat, those of a full payload.
 
 Reads   what steps 1 to 5 wrote to --workdir, and the arrays in --data-dir
 Writes  its rows to fhe_results.sqlite in --workdir; then step 5 writes fhe_summary.xlsx and fhe_frontier.png anew
@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fhe_mlp import cli, ecg, encrypted, networks, quantized
 from fhe_mlp.dataset import Dataset, Part, load_dataset, stratified_order
 from fhe_mlp.encrypted.post_training import PostTraining, Setting
-from fhe_mlp.experiments import OURS, P_ERROR, ROUNDING_BITS, Results, Terms, jobs, summarize, versions
+from fhe_mlp.experiments import OURS, P_ERROR, ROUNDING_BITS, Results, jobs, versions
 from fhe_mlp.scaling import NONE, map_features
 
 SAMPLES = 1000  # encrypted beats of each model at most
@@ -41,7 +41,6 @@ MOST_SECONDS = 10.0  # of a beat, above which no second one runs
 MAPS = ("fourier:512", "fourier:2048")  # public ones, of the linear networks
 LINEAR_EPOCHS = 30  # of their quantization-aware training, as in step 3
 CALIBRATION_ROWS = 1000  # training rows from which Concrete ML takes ranges
-DATABASE = "fhe_results.sqlite"  # of step 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,15 +63,13 @@ def measure(model: Model, data: Dataset) -> dict[str, Any]:
     """
     row = {"name": model.name, "kind": model.kind, "client_computes": "nothing", **model.columns}
     for name, part in (("balanced_accuracy", data.test), ("balanced_accuracy_validation", data.val)):
-        X = map_features(part.X, model.map)
-        row[name] = ecg.balanced_accuracy(model.logits(X) > 0, part.y)
+        row[name] = ecg.balanced_accuracy(model.logits(map_features(part.X, model.map)) > 0, part.y)
     if model.map != NONE:
-        row["client_computes"] = f"a public map to {X.shape[1]} numbers"
+        row["client_computes"] = f"a public map to {model.map.split(':')[1]} numbers"
     try:
         cost = model.compiled.cost()
         row |= {name: cost[name] for name in ("pbs", "complexity") if name in cost}
-        memory = cost["evaluation_keys_MB"] * jobs.MEMORY_PER_KEY_BYTE
-        refused = jobs.too_large({"predicted_memory_MB": memory})
+        refused = jobs.too_large(cost)
         return row | ({"note": refused["reason"]} if refused else run_encrypted(model, data.test))
     except encrypted.CIRCUIT_ERRORS as error:
         return {**row, "note": cli.first_line(error)}
@@ -115,20 +112,18 @@ def run_encrypted(model: Model, test: Part) -> dict[str, Any]:
     return {**row, "n": len(rows), **counts}
 
 
-def on_front(results: Results, by_key: dict[str, quantized.QuantizedNetwork], data: Dataset) -> Iterator[Model]:
-    """Yield the networks on the front of step 5, compiled anew. Raises InputError where it has not run.
-
-    by_key: networks of step 3 by the key of their results.
-    """
-    facts = results.facts(list(by_key))
-    if not facts:
-        raise cli.InputError(f"{results.path}: holds no finished run; make one with: python fhe_experiments.py")
-    summary = summarize(pd.DataFrame(facts), results.runs([]))
-    for found in summary[summary["on_front"]].to_dict("records"):
-        network = by_key[found["identity"]]
+def on_front(workdir: Path, data: Dataset) -> Iterator[Model]:
+    """Yield step 3's networks on the front of the last run of step 5, compiled anew. Raises InputError without one."""
+    path = workdir / "fhe_summary.xlsx"
+    if not path.exists():
+        raise cli.InputError(f"{path}: not found; make it with: python fhe_experiments.py")
+    summary = pd.read_excel(path).drop_duplicates(["model_name", "q_bits"])
+    for found in summary[summary["on_front"] & summary["scheme"].isin(encrypted.scheme_names())].to_dict("records"):
+        stem, bits = found["model_name"], found["q_bits"]
+        network = quantized.load_onnx(workdir / "quantized" / f"{stem}_{bits}bits.onnx", data.train.X.shape[1])
         compiled = encrypted.choose(network, found["scheme"])(network, data.train.X)
         columns = {name: found[name] for name in ("model_name", "q_bits", "noisy_balanced_accuracy_test_set")}
-        name = found["model_name"].split("_acc")[0].removeprefix("pruned_model_") + f", {found['q_bits']} bits"
+        name = f"{stem.split('_acc')[0].removeprefix('pruned_model_')}, {bits} bits"
         yield Model(name, OURS, compiled, network.logits, data.map, columns)
 
 
@@ -150,10 +145,9 @@ def ckks_models(data: Dataset, noise: float, seed: int) -> Iterator[Model]:
     import ckks
 
     layers = ckks.train(data, noise, seed)
-    for beats, name in ((1, ""), (ckks.SLOTS, f", {ckks.SLOTS} beats packed")):
-        compiled = ckks.Ckks(layers, beats)
-        title = f"TenSEAL CKKS, square {ckks.NEURONS}{name}"
-        yield Model(title, "CKKS", compiled, compiled.logits, alone=beats == 1)
+    for beats, packing in ((1, ""), (ckks.SLOTS, f", {ckks.SLOTS} beats packed")):
+        name, compiled = f"TenSEAL CKKS, square {ckks.NEURONS}{packing}", ckks.Ckks(layers, beats)
+        yield Model(name, "CKKS", compiled, compiled.logits, alone=beats == 1)
 
 
 class LibraryModel(PostTraining):
@@ -201,24 +195,9 @@ def library_models(data: Dataset, noise: float, seed: int) -> Iterator[Model]:
         else:
             model.fit(X, train.y, sample_weight=data.draw * len(X))
         model.compile(X[drawn[:CALIBRATION_ROWS]])
-        compiled, columns = LibraryModel(model), {"client_computes": "the sum of the trees"}
-        boosted = isinstance(model, XGBClassifier)
-        yield Model(name, "Concrete ML models", compiled, compiled.logits, columns=columns if boosted else {})
-
-
-def post_trained(workdir: Path, data: Dataset, seed: int) -> Iterator[Model]:
-    """Yield the best float network, quantized by Concrete ML to the most bits and to the fewest that suffice."""
-    path = max(networks.by_rank(workdir, ".onnx"), key=lambda path: path.stem.split("_acc_")[-1])
-    X, val, graph = data.train.X, data.val, networks.load_onnx_mlp(path, data.train.X.shape[1])
-    calibration = X[np.random.default_rng(seed).choice(len(X), CALIBRATION_ROWS, p=data.draw)]
-    found, accuracy = {}, {}
-    for bits in quantized.BITS:
-        found[bits] = PostTraining(graph, Setting(bits, ROUNDING_BITS, P_ERROR), calibration)
-        accuracy[bits] = ecg.balanced_accuracy(found[bits].logits(val.X) > 0, val.y)
-    fewest = min(bits for bits in found if accuracy[bits] >= max(accuracy.values()) - quantized.TOLERATED_LOSS)
-    for bits in sorted({fewest, max(found)}):
-        name, columns = f"quantized after training, {bits} bits", {"model_name": path.stem, "q_bits": bits}
-        yield Model(name, "post-training quantization", found[bits], found[bits].logits, data.map, columns)
+        columns = {"client_computes": "the sum of the trees"} if isinstance(model, XGBClassifier) else {}
+        compiled = LibraryModel(model)
+        yield Model(name, "Concrete ML models", compiled, compiled.logits, columns=columns)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -229,24 +208,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     baseline, own = networks.load_with_data(workdir / "MLP_model_0.h5", "python MLP_model_0.py", args.data_dir)
     plain = load_dataset(args.data_dir)
     ordered = replace(plain, test=plain.test.take(stratified_order(plain.test.beats, seed)))
-    basis = {"data_sha256": own.sha256, **versions(), "seed": seed}
-    terms, paths = Terms(None, False, ROUNDING_BITS, P_ERROR, basis), networks.by_rank(workdir, ".onnx")
-    loaded = [terms.load(path, bits, baseline.features) for path in paths for bits in quantized.BITS]
-    by_key = {one.key: one.network for one in loaded if one.network}
+    key = cli.digest(repr({"data_sha256": own.sha256, **versions(), "seed": seed}))  # as step 5's report finds them
     networks.start_tensorflow(seed)
-    with Results(workdir / DATABASE) as results, warnings.catch_warnings(), tqdm(desc="models") as bar:
+    models = itertools.chain(
+        on_front(workdir, own),
+        packed_linear(args.data_dir, baseline, baseline.probabilities(own.train.X), seed),
+        ckks_models(plain, baseline.noise, seed),
+        library_models(plain, baseline.noise, seed),
+    )
+    with Results(workdir / "fhe_results.sqlite") as results, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scikit-learn's and skorch's own deprecations
-        key = cli.digest(repr(basis))  # as step 5's report finds them
-        for model in itertools.chain(
-            on_front(results, by_key, own),
-            packed_linear(args.data_dir, baseline, baseline.probabilities(own.train.X), seed),
-            ckks_models(plain, baseline.noise, seed),
-            library_models(plain, baseline.noise, seed),
-            post_trained(workdir, own, seed),
-        ):
-            bar.set_postfix_str(model.name)
+        for model in tqdm(models, unit="model"):
             results.compare(key, measure(model, ordered))
-            bar.update()
         table = results.comparison(key).drop(columns=["kind", "model_name", "q_bits"])
     options = ["--data-dir", args.data_dir, "--workdir", workdir, "--seed", str(seed)]
     subprocess.run([sys.executable, cli.ROOT / "fhe_experiments.py", "--report", *options], check=True)

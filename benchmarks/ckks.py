@@ -25,8 +25,7 @@ def train(data: Dataset, noise: float, seed: int) -> networks.Layers:
 
     layers, val = tf_keras.layers, data.val
     hidden, output = layers.Dense(NEURONS, tf.square), layers.Dense(1, "sigmoid")
-    inputs = layers.Input((data.train.X.shape[1],))
-    model = tf_keras.Sequential([inputs, layers.GaussianNoise(noise), hidden, output])
+    model = tf_keras.Sequential([layers.GaussianNoise(noise, input_shape=val.X.shape[1:]), hidden, output])
     model.compile(tf_keras.optimizers.Adam(LEARNING_RATE), "binary_crossentropy", weighted_metrics=[])
     model.fit(
         networks.training_draws(data, BATCH_SIZE, seed),
@@ -39,7 +38,7 @@ def train(data: Dataset, noise: float, seed: int) -> networks.Layers:
 
 
 class Ckks:
-    """The network with payloads of 1 beat or of SLOTS; all methods of a Scheme of fhe_mlp/encrypted/ and its sides."""
+    """The network with payloads of 1 beat or SLOTS; all methods of a Scheme of fhe_mlp/encrypted/ and its sides."""
 
     def __init__(self, layers: networks.Layers, beats: int) -> None:
         self.layers, self.beats = layers, beats
@@ -53,10 +52,9 @@ class Ckks:
         return {"evaluation_keys_MB": 0.0}  # some 40 for any network
 
     def client(self) -> Ckks:
-        return Ckks([], self.beats)
-
-    def server(self) -> Ckks:
         return Ckks(self.layers, self.beats)
+
+    server = client
 
     def make_keys(self) -> None:
         self.context = tenseal.context(tenseal.SCHEME_TYPE.CKKS, RING, coeff_mod_bit_sizes=MODULI)
@@ -72,8 +70,7 @@ class Ckks:
     def encrypt(self, X: np.ndarray) -> bytes:
         if self.beats == 1:
             return tenseal.ckks_vector(self.context, X[0].tolist()).serialize()
-        filled = np.pad(X, ((0, self.beats - len(X)), (0, 0)))
-        return tenseal.ckks_tensor(self.context, self.plain(filled), batch=True).serialize()
+        return tenseal.ckks_tensor(self.context, self.plain(X), batch=True).serialize()
 
     def run(self, beats: bytes) -> bytes:
         (w0, b0), (w1, b1) = ([self.plain(array) for array in layer] for layer in self.layers)
@@ -84,9 +81,8 @@ class Ckks:
 
     def decrypt(self, answer: bytes, beats: int) -> np.ndarray:
         values = self.load(self.context, answer).decrypt()
-        return np.ravel(values if self.beats == 1 else values.tolist())[:beats]
+        return np.ravel(values if self.beats == 1 else values.tolist())
 
     def plain(self, array: np.ndarray) -> Any:
         """Return numbers as TenSEAL wants them beside a vector or a tensor."""
-        shape = list(np.atleast_2d(array).shape)
-        return array.tolist() if self.beats == 1 else tenseal.plain_tensor(array.ravel().tolist(), shape)
+        return array.tolist() if self.beats == 1 else tenseal.plain_tensor(np.atleast_2d(array))

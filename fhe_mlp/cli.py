@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import tempfile
 import traceback
@@ -20,7 +21,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 42
-INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 SPACE_BYTES = 200_000  # that a run needs at least on the disk
 INSTRUCTION_SETS = ("avx2", "avx512f")  # without the second a bootstrap takes 3 to 4 times as long
 BELOW_ONE = math.nextafter(1, 0)
@@ -38,7 +38,7 @@ def first_line(error: BaseException) -> str:
 def run(main: Callable[[], None], say: str = "finished files are whole, run it again") -> None:
     """Call `main` as a command: bad input, a full disk or a read-only folder is one line and exit status 2.
 
-    say: printed after "interrupted; " when Ctrl-C ends it, with exit status INTERRUPTED.
+    say: printed after "interrupted; " when Ctrl-C ends it, with exit status 130, as shells have it.
     """
     program = Path(sys.argv[0]).name
     try:
@@ -53,7 +53,7 @@ def run(main: Callable[[], None], say: str = "finished files are whole, run it a
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted; {say}", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(130)
 
 
 def run_and_leave(main: Callable[[], None], say: str) -> None:
@@ -61,20 +61,17 @@ def run_and_leave(main: Callable[[], None], say: str) -> None:
 
     Concrete's runtime, once it has started, ends every process with status 0.
     """
-    status: Any = 0
+    status: Any = 1
     try:
         run(main, say)
-    except SystemExit as stop:
-        status = stop.code
+        status = 0
+    except SystemExit as stop:  # of run and of argparse
+        status = stop.code or 0
     except BaseException:
         traceback.print_exc()
-        status = 1
-    if isinstance(status, str):  # a message for sys.exit to print
-        print(status, file=sys.stderr)
-        status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status or 0)
+    os._exit(status)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -94,12 +91,8 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="folder of the arrays")
     parser.add_argument("--workdir", type=Path, default=Path(), help="folder of models and results")
-    parser.add_argument(
-        "--seed",
-        type=natural_int,
-        default=SEED,
-        help="of every random draw; same seed, same results but for encryption's noise",
-    )
+    seeded = "of every random draw; same seed, same results but for encryption's noise"
+    parser.add_argument("--seed", type=natural_int, default=SEED, help=seeded)
     return parser
 
 
@@ -107,13 +100,10 @@ def number(kind: type[int] | type[float], low: float, high: float, what: str) ->
     """Return an argparse type for an int or float from `low` to `high`; errors say that a text is not `what`."""
 
     def convert(text: str) -> float:
-        try:
-            value = kind(text) if kind is float or text.isdecimal() else math.nan  # int takes 1_000 too
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-        return value
+        with contextlib.suppress(ValueError):
+            if (kind is float or text.isdecimal()) and low <= (value := kind(text)) <= high:  # int takes 1_000 too
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
 
     return convert
 
@@ -178,21 +168,18 @@ def sha256(path: Path) -> str:
 
 
 def cores() -> int:
-    """Return the number of cores that this process may use, which in a container can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the cores that this process may use: in a container, fewer than the machine can have."""
+    return len(os.sched_getaffinity(0))
 
 
 def machine_facts() -> dict[str, Any]:
     """Return processor, vector instructions, cores and versions, for the settings sheets."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    cpu = dict(re.findall(r"^(model name|flags)\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
     packages = ("tensorflow", "concrete-ml", "concrete-python", "onnx", "numpy")
     return {
         "host": platform.node(),
-        "processor": names[0] if names else platform.processor(),
-        "instruction_set": " ".join(flag for flag in INSTRUCTION_SETS if flag in flags),
+        "processor": cpu.get("model name", ""),
+        "instruction_set": " ".join(name for name in INSTRUCTION_SETS if name in cpu.get("flags", "").split()),
         "cores": cores(),
         "system": platform.platform(),
         "python": platform.python_version(),

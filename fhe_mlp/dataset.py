@@ -22,12 +22,10 @@ from fhe_mlp.scaling import CLIP_SD, MOST_COLUMNS, NONE, apply_scaler, columns, 
 
 SPLITS = ("train", "val", "test")
 BEATS = "beats.csv"  # which beat each row of the arrays is, in their order
-BEAT = ["record", "patient", "aami"]  # its columns that a part has
 COPY = "-S"  # between a copy's patient and its number of N beats for each S beat
 DESCRIPTION = "dataset.json"  # of the folder: recipe, features, scaler, checksums
 # Of a training draw for unseen patients: as many normal as abnormal beats; F and Q are rare and of few patients.
 CLASS_SHARES = {"N": 0.5, "S": 0.2, "V": 0.2, "F": 0.1, "Q": 0.1}
-Arrays = dict[str, tuple[np.ndarray, np.ndarray]]  # X and y of each of SPLITS, as in the files
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,19 +86,15 @@ class Dataset:
 
     @cached_property
     def draw(self) -> np.ndarray:
-        """Chance (n,) of each training row in a draw: by class and record for unseen patients, else the same for all.
-
-        Where test rows are drawn as training rows were, any other draw would cost accuracy.
-        """
+        """Chance (n,) of each training row in a draw: by class and record for unseen patients, else equal."""
         count = len(self.train.y)
         return draw_probability(self.train.beats) if self.unseen else np.full(count, 1 / count)
 
     @cached_property
     def ranking(self) -> Part:
-        """Rows by which quantized networks are chosen and ranked: the validation part.
+        """Rows by which quantized networks are chosen and ranked: of unseen patients not only the few of validation.
 
-        Of unseen patients it has few. There the training part without copies counts too: networks this small do not
-        learn their training rows by heart.
+        The training rows without copies count there too: networks this small do not learn them by heart.
         """
         return self.train.take(~self.train.copied).join(self.val) if self.unseen else self.val
 
@@ -163,9 +157,9 @@ def read_array(path: Path) -> np.ndarray:
     return array
 
 
-def read_arrays(data_dir: Path) -> Arrays:
-    """Read and check the six arrays. Raises InputError."""
-    arrays: Arrays = {}
+def read_arrays(data_dir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Read and check X and y of each of SPLITS. Raises InputError."""
+    arrays = {}
     for split in SPLITS:
         X_path, y_path = (data_dir / array_name(split, kind) for kind in "Xy")
         X, y = read_array(X_path), read_array(y_path)
@@ -187,13 +181,13 @@ def read_description(data_dir: Path) -> tuple[dict[str, Any], pd.DataFrame]:
         for name, expected in description["sha256"].items():
             if not (data_dir / name).exists() or sha256(data_dir / name) != expected:
                 raise InputError(f"{data_dir / name}: is not the file that {DESCRIPTION} describes")
-        beats = pd.read_csv(data_dir / BEATS, dtype=str, keep_default_na=False)
-        return {key: description[key] for key in ("recipe", "scaler", "features")}, beats[["split", *BEAT]]
+        beats = pd.read_csv(data_dir / BEATS, dtype=str, keep_default_na=False)[["split", "record", "patient", "aami"]]
+        return {key: description[key] for key in ("recipe", "scaler", "features")}, beats
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{data_dir / DESCRIPTION}: damaged or of another version ({first_line(error)})") from None
 
 
-def describe(arrays: Arrays) -> tuple[dict[str, Any], pd.DataFrame]:
+def describe(arrays: dict[str, tuple[np.ndarray, np.ndarray]]) -> tuple[dict[str, Any], pd.DataFrame]:
     """Return what stands in for dataset.json and beats.csv of arrays that came without."""
     X = arrays["train"][0]
     names = [{"name": f"feature_{k}", "unit": "?", "formula": f"column {k} of the arrays"} for k in range(X.shape[1])]
@@ -226,6 +220,6 @@ def load_dataset(data_dir: Path, spec: str = NONE) -> Dataset:
         print(f"{data_dir}: {repeated} of {len(test)} test rows are training rows too", file=sys.stderr)
     parts = []
     for split, (X, y) in arrays.items():
-        rows = beats.loc[beats["split"] == split, BEAT].reset_index(drop=True)
+        rows = beats.loc[beats["split"] == split, ["record", "patient", "aami"]].reset_index(drop=True)
         parts.append(Part(map_features(X, spec), y, rows, described))
     return Dataset(*parts, about["scaler"], about["features"], about["recipe"].get("leads_expected"), spec)

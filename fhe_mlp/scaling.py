@@ -34,11 +34,9 @@ def fit_scaler(X: np.ndarray, probability: np.ndarray | None = None) -> dict[str
 
     probability: chance (n,) of each row in a training draw, which weighs the rows; None: all are equal.
     """
-    if probability is None:
-        mean, sd = X.mean(axis=0, dtype=np.float64), X.std(axis=0, dtype=np.float64)
-    else:
-        mean = np.average(X, axis=0, weights=probability)
-        sd = np.sqrt(np.average((X - mean) ** 2, axis=0, weights=probability))
+    X = X.astype(np.float64)
+    mean = np.average(X, axis=0, weights=probability)
+    sd = np.sqrt(np.average((X - mean) ** 2, axis=0, weights=probability))
     sd = np.where(sd > CONSTANT * np.abs(mean), sd, 1.0)  # a constant column stays near 0
     return {"mean": mean.tolist(), "sd": sd.tolist(), "clip_sd": CLIP_SD}
 

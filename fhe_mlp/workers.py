@@ -80,18 +80,15 @@ class Workers:
                 yield number, result
 
 
-@contextlib.contextmanager
 def open_workers(
     shared: Any, processes: int, scheduler: str | None = None, versions: Versions = dict, package: bytes | None = None
-) -> Iterator[Workers]:
-    """Yield `processes` of this machine or, where its address is given, the workers of a Dask scheduler.
+) -> contextlib.AbstractContextManager[Workers]:
+    """Open `processes` of this machine or, where its address is given, the workers of a Dask scheduler.
 
     shared: sent to each once. versions: returns here what it must return on each Dask worker; package: .zip of the
     modules that these need. Raises InputError for a scheduler that has no worker, cannot load the modules, or is lost.
     """
-    opened = dask_workers(shared, scheduler, versions, package) if scheduler else local_workers(shared, processes)
-    with opened as workers:
-        yield workers
+    return dask_workers(shared, scheduler, versions, package) if scheduler else local_workers(shared, processes)
 
 
 @contextlib.contextmanager

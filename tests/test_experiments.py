@@ -1,4 +1,4 @@
-"""Step 5: what is run, resumed and refused. Most tests have a scheme without encryption; one has the real ones."""
+"""Step 5: what is run, resumed and refused. Most tests encrypt nothing (tests/schemes/cleartext.py), one for real."""
 
 from __future__ import annotations
 
@@ -10,95 +10,61 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, refusal, small_network, until
+from test_encrypted import random_network
 from test_workers import cluster  # noqa: F401
 
 import fhe_experiments as step5
 from fhe_mlp import encrypted, workers
 from fhe_mlp.dataset import load_dataset, stratified_order
-from fhe_mlp.experiments import Draws, configuration, jobs, report, tasks
-from fhe_mlp.quantized import QuantizedNetwork, signed_bits, to_onnx
+from fhe_mlp.experiments import configuration, jobs, report, tasks
+from fhe_mlp.quantized import signed_bits, to_onnx
 
-PLAIN = '''
-"""A scheme without encryption. A file in the folder HOOKS makes its server wait, or kill its process once."""
-import os, pathlib, pickle, signal
-import numpy as np
-
-class Scheme:
-    name, key_parameters = "plain", None
-    def __init__(self, network, X, beats=4):
-        self.network, self.beats, self.numbers = network, beats, {"beats": beats}
-    accepts = staticmethod(lambda network: True)
-    def cost(self):
-        return {"pbs": 1, "complexity": 1e6, "widest_integer_bits": 8, "evaluation_keys_MB": 1.0, "security_bits": 0}
-    def simulate(self, X): return self.network.logits(X)
-    def client_part(self): return b""
-    def server_part(self): return pickle.dumps(self.network)
-    def client(self): return Client(self.numbers, self.client_part())
-    def server(self): return Server(self.server_part())
-
-class Client:
-    def __init__(self, numbers, content): pass
-    def make_keys(self): pass
-    def evaluation_keys(self): return b"keys"
-    def encrypt(self, X): return X.tobytes()
-    def decrypt(self, answer, beats): return np.frombuffer(answer)[:beats]
-
-class Server:
-    def __init__(self, content): self.network = pickle.loads(content)
-    def load_keys(self, keys): assert keys == b"keys"
-    def run(self, beats):
-        X = np.frombuffer(beats, np.float32).reshape(-1, self.network.features)
-        for hook in pathlib.Path(os.environ.get("HOOKS", "none")).glob(f"*-{self.network.bits}"):
-            hook.rename(hook.with_name(f"{os.getpid()}.done"))
-            if hook.name.startswith("kill"): os.kill(os.getpid(), signal.SIGKILL)
-            signal.pause()
-        return self.network.logits(X).tobytes()
-'''
+SCHEMES = ROOT / "tests" / "schemes"
 # What a process of its own does first, and each of its workers, since both find it in their PYTHONPATH.
-SITE = """
+SITE = f"""
 import fhe_mlp.encrypted
-fhe_mlp.encrypted.__path__.append({folder!r})
+fhe_mlp.encrypted.__path__.append({str(SCHEMES)!r})
 from fhe_mlp.experiments import jobs
 jobs.post_training = lambda *_: fhe_mlp.encrypted.scheme_module("none")  # in place of what takes seconds to load
 """
-
-
-@contextmanager
-def in_this_process(shared, *_):
-    """Stand in for open_workers."""
-
-    def carry_out(function, jobs, waiting=None):
-        return ((number, function(shared, *job)) for number, job in enumerate(jobs))
-
-    yield SimpleNamespace(map=carry_out)
+# What the server does at every call: a network of 3 bits waits for ever or dies, once, where a file asks for it.
+RUN = """
+import pathlib, signal
+for hook in pathlib.Path({folder!r}).glob("*.hook") if abs(self.weights).max() > 1 else ():
+    hook.rename(hook.with_name(f"{{os.getpid()}}.done"))
+    os.kill(os.getpid(), signal.SIGKILL) if hook.stem == "kill" else signal.pause()
+"""
 
 
 @pytest.fixture
-def plain(tmp_path_factory, monkeypatch):
-    """The scheme "plain", here and in processes that are started; returns the folder of its hooks."""
-    folder = tmp_path_factory.mktemp("plain")
-    (folder / "plain.py").write_text(PLAIN)
-    (folder / "sitecustomize.py").write_text(SITE.format(folder=str(folder)))
-    monkeypatch.setattr(encrypted, "__path__", [*encrypted.__path__, str(folder)])
+def hooks(tmp_path_factory, monkeypatch):
+    """The folder for hooks of RUN, with the scheme "cleartext" here and in processes that are started."""
+    folder = tmp_path_factory.mktemp("hooks")
+    (folder / "sitecustomize.py").write_text(SITE)
     monkeypatch.setenv("PYTHONPATH", f"{folder}:{ROOT}")
-    monkeypatch.setenv("HOOKS", str(folder))
-    for name in ("_compiled", "_sides"):
-        monkeypatch.setattr(jobs, name, {})
+    monkeypatch.setenv("CLEARTEXT_RUN", RUN.format(folder=str(folder)))
+    monkeypatch.setattr(encrypted, "__path__", [*encrypted.__path__, str(SCHEMES)])
     monkeypatch.setattr(jobs, "post_training", lambda *_: encrypted.scheme_module("none"))  # which raises ValueError
-    yield folder
-    sys.modules.pop("fhe_mlp.encrypted.plain", None)
+    return folder
 
 
 @pytest.fixture
-def here(plain, monkeypatch):
+def here(hooks, monkeypatch):
     """The same, and jobs run in this process; returns the rows of each call that ran encrypted from here on."""
+
+    @contextmanager
+    def in_this_process(shared, *_):
+        def carry_out(function, jobs, waiting=None):
+            return ((number, function(shared, *job)) for number, job in enumerate(jobs))
+
+        yield SimpleNamespace(map=carry_out)
+
     monkeypatch.setattr(step5, "open_workers", in_this_process)
     for name in ("plot_frontier", "plot_steps"):  # which test_report.py looks at
         monkeypatch.setattr(report, name, lambda *_: None)
@@ -107,27 +73,21 @@ def here(plain, monkeypatch):
     return ran
 
 
-def quantized(X, bits, neurons=2, seed=0):
+def quantized(X, bits, neurons=0, offset=0.3):
     """A network of random integers whose sums fit the rows X."""
-    rng, top = np.random.default_rng(seed), 2 ** (bits - 1) - 1
-    weights = rng.integers(-top, top + 1, (X.shape[1], neurons), np.int32)
-    tables = rng.integers(-100, 100, (neurons, 16), np.int32)
-    linear = rng.integers(-top, top + 1, X.shape[1], np.int32)
-    arrays = {"weights": weights, "bias": np.zeros(neurons, np.int32), "tables": tables, "linear": linear}
-    numbers = {"table_step": 0.01, "linear_scale": 0.1, "offset": 0.1, "tables_bits": 20, "linear_bits": 20}
-    network = QuantizedNetwork(bits, 4, 2.0**-6, 4, 0.4, 20 * bool(neurons), **numbers, **arrays)
-    if neurons:
-        network = replace(network, accumulator_bits=signed_bits(network.accumulators(X)))
-    return network.fitted(X)
+    network, top = random_network(neurons), 2 ** (bits - 1) - 1
+    small = {name: getattr(network, name).clip(-top, top) for name in ("weights", "linear")}
+    network = replace(network, bits=bits, p_error=2.0**-6, offset=offset, **small)
+    return replace(network, accumulator_bits=neurons and signed_bits(network.accumulators(X))).fitted(X)
 
 
-def networks(arrays, folder, seed=0, **neurons):
-    """Write small.onnx, and what step 3 would have quantized from it to 2 and 3 bits."""
+def networks(arrays, folder, neurons=0, offset=0.3):
+    """Write small.onnx, and what step 3 would have quantized from it to 2 and 3 bits; neurons: of that of 3 bits."""
     X = load_dataset(arrays).train.X
-    small_network(folder / "small.onnx", widths=(32, 3, 1), seed=seed)
+    small_network(folder / "small.onnx", widths=(32, 3, 1))
     (folder / "quantized").mkdir(exist_ok=True)
     for bits in (2, 3):
-        content = to_onnx(quantized(X, bits, neurons.get(f"at_{bits}", 2), seed)).SerializeToString()
+        content = to_onnx(quantized(X, bits, neurons if bits == 3 else 0, offset)).SerializeToString()
         (folder / "quantized" / f"small_{bits}bits.onnx").write_bytes(content)
     return folder
 
@@ -135,7 +95,7 @@ def networks(arrays, folder, seed=0, **neurons):
 def options(arrays, folder, *more):
     """Arguments of step 5 for the networks in `folder`."""
     common = ["--data-dir", arrays, "--workdir", folder, "--models", folder / "small.onnx", "--bits", "2", "3"]
-    return [str(word) for word in (*common, "--scheme", "plain", "--samples", "2", *more)]
+    return [str(word) for word in (*common, "--scheme", "cleartext", "--samples", "2", *more)]
 
 
 def start(arrays, folder, *more):
@@ -146,12 +106,9 @@ def start(arrays, folder, *more):
 
 
 def stored(folder):
-    """Encrypted outputs by bits and test row, from the database of a folder."""
-    query = (
-        "SELECT json_extract(facts, '$.q_bits'), test_row, output_fhe FROM runs JOIN configurations USING (identity)"
-    )
-    found = sqlite3.connect(folder / step5.DATABASE).execute(query)
-    return {(bits, row): output for bits, row, output in found}
+    """Encrypted outputs by identity and test row, from the database of a folder."""
+    runs = sqlite3.connect(folder / step5.DATABASE).execute("SELECT identity, test_row, output_fhe FROM runs")
+    return {(identity, row): output for identity, row, output in runs}
 
 
 def shown(folder, name="results_batch_0.xlsx", sheet="results"):
@@ -213,28 +170,28 @@ def test_more_samples_run_only_the_new_rows_and_workbooks_are_a_view(arrays, tmp
     assert "all 2 configurations are finished" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("what", ["network", "data", "seed", "program", "scheme"])
-def test_results_of_another_experiment_stay_apart(arrays, tmp_path, here, monkeypatch, what):
-    step5.main(options(arrays, networks(arrays, tmp_path)))
-    data, more = arrays, []
-    if what == "network":
-        networks(arrays, tmp_path, seed=1)
-    if what == "data":
-        data = tmp_path / "data"
-        data.mkdir()
-        for path in arrays.iterdir():
-            np.save(data / path.name, np.load(path)[1:])
-    if what == "program":
-        monkeypatch.setattr(configuration, "RESULT_VERSION", configuration.RESULT_VERSION + 1)
-    if what == "seed":
-        more = ["--seed", "43"]
-    if what == "scheme":
-        more = ["--scheme", "tfhe", "--max-seconds", "1e-9"]
-        monkeypatch.setattr(jobs, "choose", lambda network, name: encrypted.choose(network, "plain"))
-    here.clear()
-    step5.main(options(data, tmp_path, *more))
-    assert sum(map(len, here)) == (0 if what == "scheme" else 4)
-    assert len(shown(tmp_path)) == 2
+def test_results_of_another_experiment_stay_apart(arrays, tmp_path, here, monkeypatch):
+    def keys(data, *more):
+        return {*step5.describe(step5.parse_arguments(options(data, tmp_path, *more)))[0].configurations}
+
+    networks(arrays, tmp_path)
+    shifted = tmp_path / "data"
+    shifted.mkdir()
+    for path in arrays.iterdir():
+        np.save(shifted / path.name, np.load(path)[1:])
+    others = [["--seed", "43"], ["--scheme", "tfhe"], ["--post-training"], ["--post-training", "--rounding-bits", "5"]]
+    found = [keys(arrays), keys(shifted), *(keys(arrays, *more) for more in others)]
+    with monkeypatch.context() as patch:
+        patch.setattr(configuration, "RESULT_VERSION", configuration.RESULT_VERSION + 1)
+        found.append(keys(arrays))
+    networks(arrays, tmp_path, offset=0.5)
+    found.append(keys(arrays))
+    assert len(set.union(*found)) == 2 * len(found)
+    assert keys(arrays, "--rounding-bits", "5") == found[-1]  # which only networks that are quantized here have
+    for more in ([], ["--seed", "43"]):
+        step5.main(options(arrays, tmp_path, *more))
+        assert len(shown(tmp_path)) == 2
+    assert sum(map(len, here)) == len(stored(tmp_path)) == 8
 
 
 @pytest.mark.parametrize(
@@ -249,16 +206,15 @@ def test_results_of_another_experiment_stay_apart(arrays, tmp_path, here, monkey
 def test_a_refused_configuration_is_a_row_and_a_line(
     arrays, tmp_path, here, monkeypatch, capsys, changed, more, status, reason
 ):
-    argv, scheme = options(arrays, networks(arrays, tmp_path)), encrypted.scheme_module("plain").Scheme
-    cost = scheme.cost
+    argv = options(arrays, networks(arrays, tmp_path))
 
-    def change(self):
+    def cost(self):
         if self.network.bits == 3 and isinstance(changed, Exception):
             raise changed
-        return cost(self) | (changed if self.network.bits == 3 else {})
+        return {"complexity": 1e6, "evaluation_keys_MB": 1.0} | (changed if self.network.bits == 3 else {})
 
     with monkeypatch.context() as patch:
-        patch.setattr(scheme, "cost", change)
+        patch.setattr(encrypted.scheme_module("cleartext").Scheme, "cost", cost)
         step5.main([*argv, *more])
     row = shown(tmp_path).set_index("q_bits").loc[3]
     assert row["status"] == status
@@ -271,23 +227,22 @@ def test_a_refused_configuration_is_a_row_and_a_line(
     assert again["status"] == ("ok" if status == "too slow" else status)  # the limit is gone, the memory is not larger
 
 
-def test_what_breaks_while_running_is_a_row_and_finished_rows_stay(arrays, tmp_path, here, monkeypatch):
-    run_rows = jobs.run_rows
-
+@pytest.mark.parametrize("reason", ["MemoryError", "its workers died, several in a row"])
+def test_what_breaks_while_running_is_a_row_and_finished_rows_stay(arrays, tmp_path, here, monkeypatch, reason):
     def fails(*them):
         if len(here) == 3:
             raise MemoryError
         return run_rows(*them)
 
-    monkeypatch.setattr(jobs, "run_rows", fails)
-    argv = options(arrays, networks(arrays, tmp_path))
-    step5.main(argv)
-    assert shown(tmp_path)[["status", "reason"]].fillna("").to_numpy().tolist() == [
-        ["ok", ""],
-        ["failed", "MemoryError"],
-    ]
-    assert len(stored(tmp_path)) == 3
-    monkeypatch.setattr(jobs, "run_rows", run_rows)
+    def deadly(experiment, key, calls):
+        return workers.LOST if experiment.configurations[key].bits == 3 else encrypt(experiment, key, calls)
+
+    argv, run_rows, encrypt = options(arrays, networks(arrays, tmp_path)), jobs.run_rows, jobs.encrypt
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, *(("run_rows", fails) if reason == "MemoryError" else ("encrypt", deadly)))
+        step5.main(argv)
+    assert shown(tmp_path)[["status", "reason"]].fillna("").to_numpy().tolist() == [["ok", ""], ["failed", reason]]
+    assert len(here) == len(stored(tmp_path)) == (3 if reason == "MemoryError" else 2)
     step5.main(argv)
     assert (shown(tmp_path)["status"] == "ok").all()
     assert len(here) == 4
@@ -305,107 +260,70 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(arrays, tmp_path, here, ca
 
 
 def test_jobs_take_about_as_long_as_a_kill_may_lose():
-    task = tasks.Task(None, {"status": "ok"}, np.arange(30), beats=4, seconds=30 * 12.0)
-    found = [[len(call) for call in job] for job in task.calls()]
-    assert found == [[1] * 3, *[[4]] * 6, [3]]
-    task.seconds = 1.0
-    assert [[len(call) for call in job] for job in task.calls()] == [[1] * 3 + [4] * 6 + [3]]
+    for seconds, jobs_of in ((30 * 12.0, [[1] * 3, *[[4]] * 6, [3]]), (1.0, [[1] * 3 + [4] * 6 + [3]])):
+        task = tasks.Task(None, {"status": "ok"}, np.arange(30), beats=4, seconds=seconds)
+        assert [[len(call) for call in job] for job in task.calls()] == jobs_of
 
 
-def test_rows_are_drawn_by_class_and_record_whatever_else_is_run():
-    """Of 1,000 beats of ten records, 30 are S, 60 V, 6 F; the ten rows of the first batch have all classes."""
-    aami = np.array(["S"] * 30 + ["V"] * 60 + ["F"] * 6 + ["N"] * 904)
-    beats = pd.DataFrame({"record": [str(k % 10) for k in range(1000)], "aami": aami})
-    draws = Draws(stratified_order(beats, 42), 50, 10, range(7, 9))
-    assert beats["aami"][draws.rows(0)].value_counts().to_dict() == {"N": 5, "S": 2, "V": 2, "F": 1}
-    assert set(draws.batch_of(draws.rows(7))) == {7}
-    np.testing.assert_array_equal(np.sort(draws.all_rows), np.sort(np.concatenate([draws.rows(7), draws.rows(8)])))
-
-
-# Processes that die
+# Processes that end
 
 
 def run_until_it_waits(arrays, folder, hooks):
-    """Start a run whose second configuration waits for ever; returns it and that worker, once the first is stored."""
-    (hooks / "wait-3").touch()
-    process = start(arrays, networks(arrays, folder))
+    """Start a run whose second configuration waits for ever; returns it once the first is stored."""
+    (hooks / "wait.hook").touch()
+    process = start(arrays, folder)
     until(lambda: (list(hooks.glob("*.done")) and len(stored(folder)) == 2) or process.poll() is not None)
-    (hook,) = hooks.glob("*.done")
-    return process, Path("/proc", hook.stem)
+    next(hooks.glob("*.done")).unlink()
+    return process
 
 
-def test_others_read_while_a_run_writes_and_it_is_resumed_after_a_kill(arrays, tmp_path, plain, capsys):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for folder in (whole, killed):
-        folder.mkdir()
-    process, worker = run_until_it_waits(arrays, killed, plain)
-    step5.main(options(arrays, killed, "--report"))
-    assert shown(killed)["status"].tolist() == ["ok", "unfinished"]
-    assert "another run writes to it" in refusal(step5.main, options(arrays, killed), capsys)
+def test_a_run_shows_what_is_finished_and_is_resumed_after_ctrl_c_or_a_kill(arrays, tmp_path, hooks, capsys):
+    process = run_until_it_waits(arrays, networks(arrays, tmp_path), hooks)
+    first = stored(tmp_path)
+    step5.main(options(arrays, tmp_path, "--report"))
+    assert shown(tmp_path)["status"].tolist() == ["ok", "unfinished"]
+    assert "another run writes to it" in refusal(step5.main, options(arrays, tmp_path), capsys)
     process.kill()
     process.communicate()
-    until(lambda: not worker.exists())
-    for folder in (networks(arrays, whole), killed):
-        assert start(arrays, folder).wait() == 0
-    assert stored(killed) == stored(whole)
-    assert (shown(killed)["status"] == "ok").all()
-
-
-def test_ctrl_c_ends_the_run_says_how_to_resume_and_shows_what_is_finished(arrays, tmp_path, plain):
-    process, worker = run_until_it_waits(arrays, tmp_path, plain)
+    (tmp_path / "fhe_summary.xlsx").unlink()
+    process = run_until_it_waits(arrays, tmp_path, hooks)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, errors = process.communicate()
     assert process.returncode == 130
     lines = [line for line in errors.splitlines() if line.startswith("fhe_experiments.py: ")]
     assert lines == [f"fhe_experiments.py: interrupted; {step5.RESUME}"]
     assert "Traceback" not in errors
-    until(lambda: not worker.exists())
-    assert shown(tmp_path)["status"].tolist() == ["ok", "unfinished"]
-    assert (tmp_path / "fhe_summary.xlsx").exists()
-
-
-@pytest.mark.parametrize("where", ["here", "dask"])
-def test_a_worker_that_is_killed_costs_one_job(arrays, tmp_path, plain, cluster, where):  # noqa: F811
-    more = []
-    if where == "dask":
-        dask = cluster()
-        for _ in range(2):
-            dask.worker()
-        more = ["--scheduler", dask.address]
-    (plain / "kill-3").touch()
-    process = start(arrays, networks(arrays, tmp_path), *more)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert len(list(plain.glob("*.done"))) == 1
+    assert shown(tmp_path, "fhe_summary.xlsx", "summary")["status"].tolist() == ["ok", "unfinished"]
+    assert start(arrays, tmp_path).wait() == 0
     assert (shown(tmp_path)["status"] == "ok").all()
+    assert first.items() < stored(tmp_path).items()
     assert len(stored(tmp_path)) == 4
 
 
-def test_a_job_under_which_all_workers_died_is_a_failed_row(arrays, tmp_path, here, monkeypatch):
-    encrypt = jobs.encrypt
-
-    def deadly(experiment, key, calls):
-        bits = experiment.configurations[key].bits
-        return workers.LOST if bits == 3 else encrypt(experiment, key, calls)
-
-    monkeypatch.setattr(jobs, "encrypt", deadly)
-    step5.main(options(arrays, networks(arrays, tmp_path)))
-    rows = shown(tmp_path)
-    assert rows["status"].tolist() == ["ok", "failed"]
-    assert rows["reason"][1] == "its workers died, several in a row"
+def test_a_worker_of_a_cluster_that_is_killed_costs_one_job(arrays, tmp_path, hooks, cluster):  # noqa: F811
+    dask = cluster()
+    for _ in range(2):
+        dask.worker()
+    (hooks / "kill.hook").touch()
+    process = start(arrays, networks(arrays, tmp_path), "--scheduler", dask.address)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert len(list(hooks.glob("*.done"))) == 1
+    assert (shown(tmp_path)["status"] == "ok").all()
+    assert len(stored(tmp_path)) == 4
 
 
 # The schemes of the pipeline, and what is refused
 
 
 def test_networks_run_by_the_schemes_that_accept_them_in_processes_of_their_own(arrays, tmp_path):
-    folder = networks(arrays, tmp_path, at_2=0)
+    folder = networks(arrays, tmp_path, neurons=2)
     argv = options(arrays, folder, "--bits", "2", "3", "4", "--rounding-bits", "4", "--p-error", "0.01")
     del argv[argv.index("--scheme") : argv.index("--scheme") + 2]
     code = (
         "import sys, fhe_experiments as step5\n"
         "step5.SIMULATED_ROWS = 40\nstep5.main(sys.argv[1:])\n"
-        "assert not {'concrete', 'torch', 'concrete_ml_extensions'} & {name.split('.')[0] for name in sys.modules}"
+        "assert not {'concrete', 'torch'} & {name.split('.')[0] for name in sys.modules}"
     )
     done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -6,10 +6,11 @@ import argparse
 import json
 import os
 import shutil
-import struct
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
 
-import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -25,15 +26,21 @@ from fhe_mlp.dataset import Dataset, Part, load_dataset
 from fhe_mlp.networks.pruning import remove_neurons, saliency
 
 ROWS = np.random.default_rng(1).normal(size=(50, 32)).astype(np.float32)
-KERNEL = "model_weights/hidden_1/hidden_1/kernel:0"
-RATES, SHORT = (25, 75, 90, 100), ("--fine-tune-epochs", 1, "--quantization-epochs", 1)  # of step 3
+RATES = (57, 90, 100)  # of step 3
+SHORT = ("--fine-tune-epochs", 1, "--quantization-epochs", 1, "--min-width", 16)
 ONE_SHOT = ("--fine-tune-epochs", 0, "--quantization-epochs", 0, "--min-width", 1, "--rates", 25, 50)
+MADE = ("MLP_model_0.h5", "tf_pruned_model.h5")  # by steps 1 and 2
 
 
 @pytest.fixture(scope="module")
 def run(arrays, keras):
     """Runs a step in a folder."""
-    return lambda step, folder, *argv: step.main(list(map(str, ("--data-dir", arrays, "--workdir", folder, *argv))))
+
+    def run(step, folder, *argv):
+        keras.backend.clear_session()  # Keras numbers the models of a process
+        step.main(list(map(str, ("--data-dir", arrays, "--workdir", folder, *argv))))
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +54,25 @@ def workdir(run, tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def here(monkeypatch):
+    """Has step 3 train its float networks in this process, which does not start TensorFlow anew."""
+
+    @contextmanager
+    def crew(shared, *_):
+        submit = lambda function, argv: SimpleNamespace(result=lambda: function(shared, *argv))  # noqa: E731
+        yield SimpleNamespace(submit=submit, death=())
+
+    monkeypatch.setattr(step3.workers, "open_workers", crew)
+
+
 def weights(mlp):
     return [array.tolist() for layer in mlp.layers for array in layer]
+
+
+def copied(workdir, folder, names=MADE):
+    """Copy the files of earlier steps into a folder and return the content of each."""
+    return {Path(shutil.copy(workdir / name, folder)): (workdir / name).read_bytes() for name in names}
 
 
 # ------------------------------------------------------------------------------------------------------------ .h5 files
@@ -69,51 +93,25 @@ def swap(old, new):
     return lambda path: path.write_bytes(path.read_bytes().replace(old, new))
 
 
-def heap(index, size):
-    """Return a change of the first item in a file's heap of texts."""
-    start = b"GCOL\x01\0\0\0" + (4096).to_bytes(8, "little")
-    return lambda path: swap(start + path.read_bytes().split(start)[1][:16], start + struct.pack("<H6xQ", index, size))(
-        path
-    )
-
-
-def stored(name, **how):
-    """Return a change of a data set of a file or, without the name of one, of its attributes."""
-
-    def change(path):
-        with h5py.File(path, "r+") as file:
-            if name in file:
-                del file[name]
-                file.create_dataset(name, **how)
-            else:
-                file.attrs.update(how)
-
-    return change
-
-
+SMALL = networks.MLP(random_layers((32, 6, 1)))
 DAMAGES = {
     "missing": lambda path: path.unlink(),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:3000]),
-    "not HDF5": lambda path: path.write_text("not a network"),
-    "heap without end": heap(0, 0),
-    "heap backwards": heap(1, 2**64 - 16),
-    "NaN": stored(KERNEL, data=np.full((32, 6), np.nan, np.float32)),
-    "another shape": stored(KERNEL, data=np.zeros((31, 6), np.float32)),
-    "claims 256 GB": stored(KERNEL, dtype="f4", shape=(2**36,), chunks=(64,)),
-    "elsewhere": stored(KERNEL, dtype="f4", shape=(32, 6), external=[("/dev/zero", 0, 32 * 6 * 4)]),
+    "NaN": swap(SMALL.layers[0][1].tobytes(), np.full(6, np.nan, np.float32).tobytes()),
     "another kind of layer": swap(b'"class_name": "Dense"', b'"class_name": "Conv1"'),
     "another activation": swap(b'"activation": "relu"', b'"activation": "tanh"'),
     "no sigmoid": swap(b'"sigmoid"', b'"softmax"'),
     "other units": swap(b'"units": 6', b'"units": 9'),
-    "no probability": stored("", threshold=1.0),
-    "no map": stored("", map="squares"),
+    "no probability": lambda path: networks.save_mlp(replace(SMALL, threshold=1.0), path),
+    "no map": lambda path: networks.save_mlp(replace(SMALL, map="squares"), path),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_bad_file_is_refused_in_one_line_that_says_how_to_make_it(keras, tmp_path, damage):
     path = tmp_path / "x.h5"
-    networks.save_mlp(networks.MLP(random_layers((32, 6, 1))), path)
+    networks.save_mlp(SMALL, path)
+    networks.load_mlp(path, "the command")
     DAMAGES[damage](path)
     with pytest.raises(cli.InputError, match=r"x\.h5: .*; make it with: the command") as refused:
         networks.load_mlp(path, "the command")
@@ -122,14 +120,13 @@ def test_a_bad_file_is_refused_in_one_line_that_says_how_to_make_it(keras, tmp_p
 
 # ------------------------------------------------------------------------------------------------------------- training
 def test_the_threshold_moves_the_decision_and_training_sees_the_labels(keras):
-    plain = networks.MLP(random_layers((32, 6, 1)))
-    moved = plain.decided_at(0.9)
-    np.testing.assert_array_equal(moved.decisions(ROWS), plain.probabilities(ROWS) > 0.9)
+    moved = SMALL.decided_at(0.9)
+    np.testing.assert_array_equal(moved.decisions(ROWS), SMALL.probabilities(ROWS) > 0.9)
     model = networks.to_train(moved, 0)
-    np.testing.assert_allclose(model(ROWS)[:, 0], plain.probabilities(ROWS), atol=1e-5)
+    np.testing.assert_allclose(model(ROWS)[:, 0], SMALL.probabilities(ROWS), atol=1e-5)
     model.layers[0].set_weights([2 * array for array in model.layers[0].get_weights()])
     back = networks.trained(model, moved)
-    assert back.threshold == 0.9 and np.array_equal(back.layers[0][0], 2 * plain.layers[0][0])
+    assert back.threshold == 0.9 and np.array_equal(back.layers[0][0], 2 * SMALL.layers[0][0])
     np.testing.assert_array_equal(back.decisions(ROWS), model(ROWS)[:, 0] > 0.9)
 
 
@@ -236,31 +233,61 @@ def test_the_neuron_that_others_replace_best_goes():
 
 
 # --------------------------------------------------------------------------------------------------------- steps 1 to 4
-def test_same_seed_same_files_and_all_steps_follow_threshold_and_map_of_the_baseline(arrays, run, tmp_path, keras):
-    one, same = tmp_path / "1", tmp_path / "2"
-    for folder in (one, same):
-        keras.backend.clear_session()  # Keras numbers the models of a process
-        run(step1, folder, "--epochs", 1, "--threshold", 0.99, "--expand", "fourier:40", "--hidden", 30)
-        run(step2, folder, "--epochs", 1)
-        run(step3, folder, "--rates", 90, 100, *SHORT)
-    run(step4, same)
-    paths, y = sorted(same.glob("*.h5")), load_dataset(arrays).test.y
-    X = load_dataset(arrays, "fourier:40").test.X
+def check_zeros(folder, rows):
+    """Check that step 2's network has exactly its zeros, in blocks of `rows` weights of a neuron (None: all)."""
+    *hidden, (output, _) = networks.load_mlp(folder / MADE[1], "").layers
+    assert (output != 0).all()
+    for zero in (k == 0 for k, _ in hidden):
+        blocks = zero.reshape(-1, rows or len(zero), zero.shape[1])
+        assert zero.mean() == step2.FINAL_SPARSITY and (blocks.all(axis=1) == blocks.any(axis=1)).all()
+
+
+def test_all_steps_follow_threshold_map_and_seed_of_the_baseline_and_whole_neurons_go(arrays, run, here, tmp_path):
+    options = ("--epochs", 1, "--expand", "fourier:40", "--hidden", 32, "--threshold", 0.99)
+    baselines = []
+    for seed in (1, 42):
+        run(step1, tmp_path, *options, "--seed", seed)
+        baselines.append(weights(networks.load_mlp(tmp_path / MADE[0], "")))
+    assert baselines[0] != baselines[1]
+    run(step2, tmp_path, "--epochs", 1, "--block-rows", "neuron")
+    check_zeros(tmp_path, None)
+    run(step3, tmp_path, "--rates", 90, 100, *SHORT)
+    run(step4, tmp_path)
+    X, y = load_dataset(arrays, "fourier:40").test.X, load_dataset(arrays).test.y
+    paths = sorted(tmp_path.glob("*.h5"))
     assert len(paths) == 4
     for path in paths:
-        assert path.read_bytes() == (one / path.name).read_bytes()
         mlp = networks.load_mlp(path, "")
         assert (mlp.threshold, mlp.map, mlp.features) == (0.99, "fourier:40", 40)
         assert mlp.decisions(X).mean() < y.mean() - 0.1  # fewer beats are called abnormal than are
         for network in quantized.read_networks(path, ""):
-            converted = quantized.load_onnx(same / "quantized" / f"{path.stem}_{network.bits}bits.onnx", 40)
+            converted = quantized.load_onnx(tmp_path / "quantized" / f"{path.stem}_{network.bits}bits.onnx", 40)
             np.testing.assert_array_equal(converted.logits(X), network.logits(X))
             assert network.bits < 4 or (network.logits(X) > 0).mean() < y.mean() - 0.1
-    run(step1, same, "--epochs", 1, "--expand", "fourier:40", "--hidden", 30, "--seed", 1)
-    assert (same / "MLP_model_0.h5").read_bytes() != (one / "MLP_model_0.h5").read_bytes()
+
+
+def test_the_same_seed_makes_the_same_networks_beside_another_rate_too(workdir, run, here, tmp_path):
+    run(step1, tmp_path, "--epochs", 8)
+    run(step2, tmp_path, "--epochs", 1)
+    assert [(tmp_path / name).read_bytes() for name in MADE] == [(workdir / name).read_bytes() for name in MADE]
+    stale = "pruned_model_top_1_prune_25_acc_0.1234"
+    (tmp_path / "quantized").mkdir()
+    for name in (f"{stale}.h5", f"{stale}.onnx", f"quantized/{stale}_2bits.onnx"):
+        (tmp_path / name).write_bytes(b"an earlier run's")
+    run(step3, tmp_path, "--rates", 50, *RATES, *SHORT)  # 57 does not start from 50, of which each layer is narrower
+    assert not list(tmp_path.rglob(f"{stale}*")) and len(networks.by_rank(tmp_path, ".h5")) == len(RATES) + 1
+    for one in networks.by_rank(workdir, ".h5"):
+        (same,) = tmp_path.glob(f"*_prune_{one.name.split('_prune_')[1]}")
+        assert weights(networks.load_mlp(one, "")) == weights(networks.load_mlp(same, ""))
+        for network, again in zip(*(quantized.read_networks(path, "") for path in (one, same)), strict=True):
+            for field in fields(network):
+                np.testing.assert_array_equal(getattr(network, field.name), getattr(again, field.name))
 
 
 def test_the_files_of_steps_1_to_3_hold_what_their_reports_say(workdir, arrays):
+    check_zeros(workdir, int(step2.BLOCK_ROWS))
+    figures = json.loads((workdir / "tf_pruned_model_metrics.json").read_text())["figures"]
+    assert figures["before"] != figures["after"] == figures["reloaded"]
     data, mlp = load_dataset(arrays), networks.load_mlp(workdir / "MLP_model_0.h5", "")
     metrics = json.loads((workdir / "MLP_model_0_metrics.json").read_text())
     assert (mlp.widths, mlp.noise, mlp.threshold) == ([64, 64, 32, 16], step1.NOISE, metrics["threshold"])
@@ -276,7 +303,7 @@ def test_the_files_of_steps_1_to_3_hold_what_their_reports_say(workdir, arrays):
         row, mlp = table[table["file"] == path.name].iloc[0], networks.load_mlp(path, "")
         rate, accuracy = row["rate_percent"], row["val_balanced_accuracy"]
         assert path.name == f"pruned_model_top_{rank}_prune_{rate}_acc_{accuracy:.4f}.h5"
-        shared = networks.share_neurons(round(176 * (1 - rate / 100)), (64, 64, 32, 16), step3.MIN_WIDTH)
+        shared = networks.share_neurons(round(176 * (1 - rate / 100)), (64, 64, 32, 16), 16)
         assert mlp.widths == [width for width in shared if width] and row["hidden_neurons"] == sum(mlp.widths)
         found = (mlp.balanced_accuracy(data.val), mlp.balanced_accuracy(data.test))
         assert found == pytest.approx((accuracy, row["test_balanced_accuracy"]), abs=1e-12)
@@ -306,54 +333,28 @@ def test_unseen_patients_get_noise_another_threshold_and_figures_by_record(recor
     assert (tmp_path / "MLP_model_0_records.png").exists()
 
 
-@pytest.mark.parametrize(("noise", "label"), [(0.0, "training"), (0.5, "training, with noise")])
-def test_the_picture_of_a_training_mentions_noise_where_there_was_some(noise, label, monkeypatch):
+def test_the_picture_of_a_training_mentions_noise_where_there_was_some(monkeypatch):
     figures, names = [], ("loss", "accuracy", "val_loss", "val_accuracy")
     monkeypatch.setattr(step1, "save_figure", lambda figure, path: figures.append(figure))
-    step1.plot_training({name: [0.5, 0.4] for name in names}, noise, None)
-    assert {line.get_label() for axis in figures[0].axes for line in axis.lines} == {label, "validation"}
+    for noise, label in ((0.0, "training"), (0.5, "training, with noise")):
+        step1.plot_training({name: [0.5, 0.4] for name in names}, noise, None)
+        assert {line.get_label() for axis in figures[-1].axes for line in axis.lines} == {label, "validation"}
 
 
-@pytest.mark.parametrize(("option", "rows"), [("neuron", None), (4, 4)])
-def test_the_pruned_file_has_exactly_its_zeros_in_whole_blocks(workdir, run, tmp_path, option, rows):
-    shutil.copy(workdir / "MLP_model_0.h5", tmp_path)
-    run(step2, tmp_path, "--epochs", 1, "--block-rows", option)
-    *hidden, (output, _) = networks.load_mlp(tmp_path / "tf_pruned_model.h5", "").layers
-    assert (output != 0).all()
-    for zero in (k == 0 for k, _ in hidden):
-        blocks = zero.reshape(-1, rows or len(zero), zero.shape[1])
-        assert zero.mean() == step2.FINAL_SPARSITY and (blocks.all(axis=1) == blocks.any(axis=1)).all()
-    figures = json.loads((tmp_path / "tf_pruned_model_metrics.json").read_text())["figures"]
-    assert figures["before"] != figures["after"] == figures["reloaded"]
-
-
-def test_one_shot_pruning_only_removes_and_files_of_an_earlier_run_go(workdir, run, tmp_path):
-    for name in ("MLP_model_0.h5", "tf_pruned_model.h5"):
-        shutil.copy(workdir / name, tmp_path)
-    stale = "pruned_model_top_1_prune_25_acc_0.1234"
-    (tmp_path / "quantized").mkdir()
-    for name in (f"{stale}.h5", f"{stale}.onnx", f"quantized/{stale}_2bits.onnx"):
-        (tmp_path / name).write_bytes(b"an earlier run's")
+def test_one_shot_pruning_only_removes(workdir, run, here, tmp_path):
+    copied(workdir, tmp_path)
     run(step3, tmp_path, *ONE_SHOT)
-    assert not list(tmp_path.rglob(f"{stale}*")) and len(networks.by_rank(tmp_path, ".h5")) == 2
-    full = networks.load_mlp(workdir / "tf_pruned_model.h5", "").layers
-    for path in networks.by_rank(tmp_path, ".h5"):
+    full, paths = networks.load_mlp(tmp_path / MADE[1], "").layers, networks.by_rank(tmp_path, ".h5")
+    assert len(paths) == 2
+    for path in paths:
         assert all(np.isin(k, old).all() for (k, _), (old, _) in zip(networks.load_mlp(path, "").layers, full))
-
-
-def test_a_rate_that_starts_from_the_same_network_is_trained_alike_beside_other_rates(workdir, arrays, keras):
-    shared = networks.load_with_data(workdir / "tf_pruned_model.h5", "", arrays)
-    args = [argparse.Namespace(rates=rates, seed=5, min_width=16, fine_tune_epochs=1) for rates in ((50, 57), (57,))]
-    beside, alone = (step3.remove_at_rates(shared, one) for one in args)
-    assert (beside[50][1].widths, alone[57][1].widths) == ([35, 35, 18], [38, 38])  # so 57 does not start from 50
-    assert weights(beside[57][1]) == weights(alone[57][1]) != weights(alone[57][0])
 
 
 def test_no_two_trainings_share_random_numbers_not_even_of_neighbouring_seeds(workdir, arrays, keras, monkeypatch):
     shared = networks.load_with_data(workdir / "tf_pruned_model.h5", "", arrays)
     fine_tuned, aware, train = [], [], "fhe_mlp.quantized.training.Ensemble.train"
     monkeypatch.setattr(step3, "fine_tune", lambda mlp, data, epochs, seed: fine_tuned.append(seed) or mlp)
-    monkeypatch.setattr(train, lambda self, lesson, seed, progress: aware.append(seed))
+    monkeypatch.setattr(train, lambda self, lesson, seed, title: aware.append(seed))
     form, lesson = quantized.Form([7], 6, 2.0**-6), quantized.Lesson(shared[1], shared[1].train.y, 0.0, 1)
     for seed in (1, 2):
         args = argparse.Namespace(rates=(90, 91), seed=seed, min_width=32, fine_tune_epochs=1)
@@ -369,18 +370,16 @@ def die(*_):
 
 
 def test_a_killed_process_of_float_networks_is_one_line(workdir, arrays, tmp_path, capsys, monkeypatch):
-    for path in workdir.glob("*.h5"):
-        shutil.copy(path, tmp_path)
+    copied(workdir, tmp_path)
     monkeypatch.setattr(step3, "remove_at_rates", die)
     argv = ["--data-dir", arrays, "--workdir", tmp_path, *ONE_SHOT]
     assert "process of the float networks was killed" in refusal(step3.main, argv, capsys)
 
 
 @pytest.mark.parametrize(("step", "options", "fits"), [(step1, ("--epochs", 1), 0), (step3, ONE_SHOT, 1)])
-def test_a_full_disk_leaves_what_was_there(workdir, arrays, tmp_path, capsys, keras, monkeypatch, step, options, fits):
-    for path in workdir.glob("*.h5"):
-        shutil.copy(path, tmp_path)
-    before, write_bytes, calls = {p: p.read_bytes() for p in tmp_path.iterdir()}, cli.Path.write_bytes, []
+def test_a_full_disk_leaves_what_was_there(workdir, arrays, here, tmp_path, capsys, monkeypatch, step, options, fits):
+    before = copied(workdir, tmp_path, [path.name for path in workdir.glob("*.h5")])
+    write_bytes, calls = Path.write_bytes, []
 
     def no_room(path, content):
         calls.append(path)
@@ -388,18 +387,17 @@ def test_a_full_disk_leaves_what_was_there(workdir, arrays, tmp_path, capsys, ke
         if len(calls) > fits:
             raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(cli.Path, "write_bytes", no_room)
+    monkeypatch.setattr(Path, "write_bytes", no_room)
     assert "free space" in refusal(step.main, ["--data-dir", arrays, "--workdir", tmp_path, *options], capsys)
     monkeypatch.undo()
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 def test_a_training_that_ends_in_nan_keeps_the_network_that_was_there(workdir, arrays, tmp_path, capsys, keras):
-    path = tmp_path / "MLP_model_0.h5"
-    shutil.copy(workdir / path.name, path)
+    before = copied(workdir, tmp_path, MADE[:1])
     common = ["--data-dir", arrays, "--workdir", tmp_path, "--epochs", "2", "--learning-rate", "1e30"]
     assert "lower --learning-rate" in refusal(step1.main, common, capsys)
-    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == (workdir / path.name).read_bytes()
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 def test_a_conversion_that_differs_leaves_no_file(workdir, arrays, run, tmp_path, monkeypatch):
@@ -417,11 +415,10 @@ def test_a_conversion_that_differs_leaves_no_file(workdir, arrays, run, tmp_path
 
 @pytest.mark.parametrize("change", [(b"Relu", b"Tanh"), (b"Sigmoid", b"Softmax"), (b"MatMul", b"MatSum")])
 def test_a_graph_that_is_no_mlp_is_refused(workdir, tmp_path, change):
-    path = tmp_path / "x.onnx"
-    shutil.copy(next(workdir.glob("*_prune_25_*.onnx")), path)
+    path = Path(shutil.copy(next(workdir.glob("*_prune_57_*.onnx")), tmp_path))
     assert networks.load_onnx_mlp(path, 32).graph.node
     swap(*change)(path)
-    with pytest.raises(cli.InputError, match=r"is not an MLP|a sigmoid|not a valid ONNX network"):
+    with pytest.raises(cli.InputError, match="is not a valid ONNX network"):
         networks.load_onnx_mlp(path, 32)
 
 

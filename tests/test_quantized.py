@@ -16,20 +16,31 @@ from scipy.stats import norm
 import dynamic_pruning_eval as step3
 from fhe_mlp import cli, encrypted, networks, quantized
 from fhe_mlp.dataset import load_dataset
-from fhe_mlp.quantized import selection, training
+from fhe_mlp.quantized import selection
+from fhe_mlp.quantized.files import NUMBERS
 from fhe_mlp.quantized.network import noise_steps
+from fhe_mlp.scaling import quantize
 
 ROWS, OTHERS = random_rows(500), random_rows(1000, seed=2)
 BITS, P_ERROR = [2, 4, 7], 2.0**-13
 
 
+@pytest.fixture(scope="module")
+def training(keras):
+    """Module that imports TensorFlow."""
+    from fhe_mlp.quantized import training
+
+    return training
+
+
 def ensemble_of(widths, bits=(4, 7), rounding_bits=5, p_error=2.0**-6):
-    form = quantized.Form(bits, rounding_bits, p_error)
-    return training.Ensemble(random_layers(widths), form, ROWS, "float64")
+    from fhe_mlp.quantized.training import Ensemble
+
+    return Ensemble(random_layers(widths), quantized.Form(bits, rounding_bits, p_error), ROWS, "float64")
 
 
 @pytest.fixture(scope="module", params=["tables", "narrow", "linear"])
-def ensemble(keras, request):
+def ensemble(training, request):
     """Lookup tables beside a linear path, the same of two features, whose sums need no rounding, or the path alone."""
     if request.param == "linear":
         return ensemble_of((32, 1), BITS, 4, P_ERROR)
@@ -63,7 +74,7 @@ def test_training_integers_onnx_runtime_and_circuit_agree_exactly(ensemble):
         if network.neurons:
             assert network.neurons == 5 and network.rounding_bits == min(form.rounding_bits, network.accumulator_bits)
             scheme, some = encrypted.choose(network)(network, ROWS, 2), OTHERS[inside][:100]
-            x = training.quantize(some, network.input_bits, network.input_step)
+            x = quantize(some, network.input_bits, network.input_step)
             found = np.transpose([scheme.circuit.beat.graph(row) for row in x])
             np.testing.assert_array_equal(found, network.sums(some))
             assert (np.abs(scheme.simulate(some) - network.logits(some)) < most_off(network, some) + 1e-9).all()
@@ -88,7 +99,7 @@ def test_integers_are_as_narrow_as_they_say(ensemble):
         assert network.overflowing(ROWS[outside.any(axis=1)]) == outside.any(axis=1).sum()
 
 
-def test_all_accumulators_lie_in_the_range_after_fitting(keras):
+def test_all_accumulators_lie_in_the_range_after_fitting(training):
     ensemble, wide = ensemble_of((32, 6, 1)), 1.5 * random_rows(500, seed=8).clip(-2, 2)
     ensemble.parts["bias"].assign_add(np.full(ensemble.parts["bias"].shape, 0.7))
     aim = ensemble.range_bits.ravel()
@@ -97,7 +108,7 @@ def test_all_accumulators_lie_in_the_range_after_fitting(keras):
     assert all(network.accumulator_bits <= bits for network, bits in zip(ensemble.networks(wide), aim))
 
 
-def test_sums_of_tables_keep_to_their_bits_and_the_function_nearly_stays(keras):
+def test_sums_of_tables_keep_to_their_bits_and_the_function_nearly_stays(training):
     ensemble = ensemble_of((32, 6, 1))
     ensemble.parts["table"].assign(60 * ensemble.parts["table"])
     wide = ensemble.outputs(ensemble.inputs(ROWS))[0].numpy().sum(axis=2)
@@ -107,7 +118,7 @@ def test_sums_of_tables_keep_to_their_bits_and_the_function_nearly_stays(keras):
         np.testing.assert_allclose(network.sums(ROWS)[0] * network.table_step, logits, atol=6 * network.table_step)
 
 
-def test_of_tables_those_are_removed_whose_place_others_can_take(keras):
+def test_of_tables_those_are_removed_whose_place_others_can_take(training):
     """In one member neuron 2 gives the same for every row, in the other neuron 4 half of what neuron 1 gives."""
     ensemble = ensemble_of((32, 6, 1))
     values = {name: variable.numpy() for name, variable in ensemble.parts.items()}
@@ -125,7 +136,7 @@ def test_of_tables_those_are_removed_whose_place_others_can_take(keras):
     assert np.abs(after - before).max() <= 3 * training.SUM_STEP  # entries are rounded to steps
 
 
-def test_hopeless_rows_have_a_bounded_loss_and_soft_labels_keep_their_side(keras):
+def test_hopeless_rows_have_a_bounded_loss_and_soft_labels_keep_their_side(training):
     logits = np.linspace(-30, 30, 601)
     loss = {label: training.generalized_cross_entropy(label, logits).numpy() for label in (0.0, 0.3, 1.0)}
     np.testing.assert_allclose(loss[1.0], (1 - (1 / (1 + np.exp(-logits))) ** 0.4) / 0.4, atol=1e-9)
@@ -133,7 +144,7 @@ def test_hopeless_rows_have_a_bounded_loss_and_soft_labels_keep_their_side(keras
     assert loss[1.0].max() <= 1 / training.LOSS_POWER and -5 < logits[loss[0.3].argmin()] < 0
 
 
-def test_training_gains_what_quantization_lost_also_beside_neurons_without_weights(arrays, keras):
+def test_training_gains_what_quantization_lost_also_beside_neurons_without_weights(arrays, training):
     data, start = load_dataset(arrays), networks.MLP(random_layers((32, 16, 1)))
     layers = step3.fine_tune(start, data, 5, 0).layers
     layers[0][0][:, [1, 4]] = 0
@@ -144,19 +155,14 @@ def test_training_gains_what_quantization_lost_also_beside_neurons_without_weigh
     assert min(np.subtract(after, before)) > 0.01, (before, after)
 
 
-def test_the_epoch_is_chosen_by_labels_which_know_nothing_of_a_threshold(keras, monkeypatch):
-    import tensorflow as tf
-
+def test_the_epoch_is_chosen_by_labels_which_know_nothing_of_a_threshold(training, monkeypatch):
     y, validated, loss = (ROWS[:, 0] > 0).astype(int), [], training.generalized_cross_entropy
     data = small_data((ROWS[:400], y[:400], "1"), (ROWS[400:], y[400:], "1"))
     recorded = lambda labels, logits: validated.append(logits.numpy()) or loss(labels, logits)  # noqa: E731
     monkeypatch.setattr(training, "generalized_cross_entropy", recorded)
+    monkeypatch.setattr(training.tf, "function", lambda function: function)  # whose logits are numbers
     ensemble = ensemble_of((32, 1))
-    tf.config.run_functions_eagerly(True)
-    try:
-        ensemble.train(quantized.Lesson(data, y[:400].astype(float), 0.0, 1, shift=-2.0), 0)
-    finally:
-        tf.config.run_functions_eagerly(False)
+    ensemble.train(quantized.Lesson(data, y[:400].astype(float), 0.0, 1, shift=-2.0), 0)
     np.testing.assert_allclose(validated[-1], ensemble.forward(ROWS[400:])[0].numpy() + 2)
 
 
@@ -166,32 +172,6 @@ def test_noise_is_off_by_half_a_step_with_its_probability():
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
-def stored(name, **how):
-    """Return what stores another data set in a file."""
-
-    def change(file):
-        del file[name]
-        file.create_dataset(name, **how)
-
-    return change
-
-
-def attribute(name, value):
-    return lambda file: file["quantized/4"].attrs.__setitem__(name, value)
-
-
-H5_CHANGES = {
-    "the least integer": lambda file: file["quantized/4/weights"].__setitem__((0, 0), -(2**31)),
-    "a wide table": lambda file: file["quantized/4/tables"].__setitem__((0, 0), 10**6),
-    "one for many": lambda file: [file.__setitem__(f"quantized/{n}", file["quantized/4"]) for n in range(8, 999)],
-    "claims 256 GB": stored("quantized/4/bias", dtype="i4", shape=(2**36,), chunks=(64,)),
-    "elsewhere": stored("quantized/4/bias", dtype="i4", shape=(5,), external=[("/dev/zero", 0, 20)]),
-    "wide accumulators": attribute("accumulator_bits", 10**6),
-    "NaN": attribute("input_step", np.nan),
-    "no probability": attribute("p_error", 2.0**-61),
-}
-
-
 def test_files_hold_the_networks_as_they_are_the_h5_beside_the_float_one(ensemble, tmp_path):
     members, mlp = ensemble.networks(ROWS), networks.MLP(random_layers((32, 12, 1)))
     h5, onnx_file = tmp_path / "x.h5", tmp_path / "x.onnx"
@@ -204,55 +184,34 @@ def test_files_hold_the_networks_as_they_are_the_h5_beside_the_float_one(ensembl
                 np.testing.assert_array_equal(getattr(copy, field.name), getattr(network, field.name))
 
 
-@pytest.mark.parametrize("ensemble", ["tables"], indirect=True)
-@pytest.mark.parametrize("change", H5_CHANGES)
-def test_a_damaged_h5_file_is_refused(ensemble, tmp_path, change):
-    path = tmp_path / "x.h5"
-    path.write_bytes(
-        quantized.add_networks(networks.h5_bytes(networks.MLP(random_layers((32, 1)))), ensemble.networks(ROWS))
-    )
-    with h5py.File(path, "r+") as file:
-        H5_CHANGES[change](file)
-    with pytest.raises(cli.InputError, match=r"damaged .*; make it with: the command"):
-        quantized.read_networks(path, "the command")
-
-
-def stated(model, **changed):
-    """Change numbers that a graph states."""
-    for entry in model.metadata_props:
-        entry.value = changed.get(entry.key, entry.value)
-
-
-def recursive(model):
-    """Add a function that calls itself, on which ONNX's checker ends the process."""
-    opset = [onnx.helper.make_opsetid("own", 1)]
-    call = onnx.helper.make_node("again", ["x"], ["y"], domain="own")
-    model.functions.append(onnx.helper.make_function("own", "again", ["x"], ["y"], [call], opset))
-    model.opset_import.extend(opset)
-
-
-ONNX_CHANGES = {
-    "recursive": recursive,
-    "elsewhere": lambda model: onnx.external_data_helper.set_external_data(model.graph.initializer[-1], "weights.bin"),
-    "no nodes": lambda model: model.graph.ClearField("node"),
-    "another order": lambda model: model.graph.node.append(model.graph.node.pop(0)),
-    "wide accumulators": lambda model: stated(model, accumulator_bits="99999999999"),
-    "long tables": lambda model: stated(model, rounding_bits="99999999999"),
-    "another step": lambda model: stated(model, table_step="0.5"),
-}
-
-
-@pytest.mark.parametrize("ensemble", ["tables"], indirect=True)
-@pytest.mark.parametrize("change", ONNX_CHANGES)
-def test_another_graph_is_refused(ensemble, tmp_path, monkeypatch, change):
-    model = quantized.to_onnx(ensemble.networks(ROWS)[1])
-    ONNX_CHANGES[change](model)
-    (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
-    (tmp_path / "weights.bin").write_bytes(bytes(10_000))
-    monkeypatch.chdir(tmp_path)
-    reason = "in another file" if change == "elsewhere" else "not a valid quantized network"
-    with pytest.raises(cli.InputError, match=reason):
-        quantized.load_onnx(tmp_path / "x.onnx", 32)
+def test_a_damaged_file_or_another_graph_is_refused(training, tmp_path):
+    network, path, onnx_file = ensemble_of((32, 5, 1)).networks(ROWS)[0], tmp_path / "x.h5", tmp_path / "x.onnx"
+    path.write_bytes(quantized.add_networks(networks.h5_bytes(networks.MLP(random_layers((32, 1)))), [network]))
+    content = quantized.to_onnx(network).SerializeToString()
+    facts = {name: repr(getattr(network, name)) for name in NUMBERS}
+    for damage in (
+        lambda group: group.attrs.__setitem__("input_step", np.nan),
+        lambda group: group["weights"].__setitem__((0, 0), -(2**31)),
+        lambda group: group.__delitem__("linear"),
+    ):
+        with h5py.File(path, "r+") as file:
+            damage(file["quantized/4"])
+        with pytest.raises(cli.InputError, match=r"not a valid file of quantized .*; make it with: the command"):
+            quantized.read_networks(path, "the command")
+    for change in (
+        lambda model: model.graph.ClearField("node"),
+        lambda model: model.graph.node.append(model.graph.node.pop(0)),  # another order
+        lambda model: onnx.helper.set_model_props(model, {**facts, "table_step": "0.5"}),
+        lambda model: model.ClearField("metadata_props"),
+    ):
+        model = onnx.load_from_string(content)
+        change(model)
+        onnx_file.write_bytes(model.SerializeToString())
+        with pytest.raises(cli.InputError, match="not a valid quantized network"):
+            quantized.load_onnx(onnx_file, 32)
+    onnx_file.write_bytes(content)
+    with pytest.raises(cli.InputError, match="32 features; the arrays have 31"):
+        quantized.load_onnx(onnx_file, 31)
 
 
 # --------------------------------------------------------------------------------------------------------------- choice

@@ -1,7 +1,5 @@
 """The client's recordings and tables: WFDB, EDF and .csv to features; decisions to annotations, a table, a picture."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re
@@ -16,7 +14,7 @@ from hypothesis import strategies as st
 
 import preprocess_mitbih as pre
 from fhe_mlp.cli import InputError
-from fhe_mlp.deployment import client, decisions, recordings
+from fhe_mlp.deployment import client, decisions, exchange, recordings
 from fhe_mlp.ecg import EXPECTED_LEADS, FEATURES
 
 MODEL = {"features": FEATURES, "leads": EXPECTED_LEADS}
@@ -51,19 +49,19 @@ def write_edf(path, signals, rates, names, units, seconds=1.0, kind="", frames=N
     return path
 
 
-@pytest.mark.parametrize("given", ["r", "r.hea", "r.dat"])
-def test_a_record_gives_the_features_of_the_data_set(tmp_path, given):
+def test_a_record_gives_the_features_of_the_data_set(tmp_path):
     samples = make_record(tmp_path, "r")
-    X, recording = read(tmp_path / given)
+    X, recording = read(tmp_path / "r")
     wanted = pre.read_record(str(tmp_path / "r"))
     np.testing.assert_allclose(X, wanted.X, atol=1e-6)
     np.testing.assert_array_equal(np.array(recording.samples)[recording.classified], wanted.beats["sample"])
     np.testing.assert_array_equal(recording.samples, samples)
-    assert (recording.origin, recording.not_classified) == ("of r.atr", {"first or last beat": 2})
-    _, first = read(tmp_path / given, minutes=0.5)
+    assert (recording.title, recording.reasons) == ("r: 60 beats, R peaks of r.atr", "; 2 first or last beat")
+    _, first = read(tmp_path / "r", minutes=0.5)
     assert first.samples == [sample for sample in samples.tolist() if sample < 0.5 * 60 * 360]
-    assert "outside the signal" not in first.not_classified
-    assert recordings.find_recording(tmp_path / "nothing", None) is None
+    assert "outside the signal" not in first.reasons
+    for name, found in (("r.hea", tmp_path / "r"), ("r.dat", tmp_path / "r"), ("nothing", None)):
+        assert recordings.find_recording(tmp_path / name, None) == found
 
 
 def test_edf_and_csv_files_are_read_as_the_record_they_were_written_from(tmp_path):
@@ -83,17 +81,17 @@ def test_edf_and_csv_files_are_read_as_the_record_they_were_written_from(tmp_pat
         np.testing.assert_allclose(again, np.where(np.isnan(again), np.nan, signal[: len(again)]), atol=1e-4)
         (tmp_path / name).with_suffix(".atr").write_bytes((tmp_path / "r.atr").read_bytes())
         _, recording = read(tmp_path / name, csv_fs)
-        assert recording.origin == f"of {name[0]}.atr"
-        assert ("signal missing or flat" in recording.not_classified) == (name == "c.csv")
+        assert recording.title.endswith(f"R peaks of {name[0]}.atr")
+        assert ("signal missing or flat" in recording.reasons) == (name == "c.csv")
 
 
 def test_damaged_edf_files_are_refused_in_one_line(tmp_path):
     path, good = tmp_path / "r.edf", {"rates": [360, 360], "names": ["II", "V1"], "units": ["mV", "mV"]}
     for why, case in {
         "holds fewer samples than its header": {"frames": 10**7},
-        "interruptions": {"kind": "EDF+D"},
-        "1 ECG signals (II in mV, V1 in degC)": {"names": ["II", "V\n1\0"], "units": ["mV", "degC"]},
-        "sampled at 10": {"rates": [10, 10]},
+        "r.edf: is an EDF+ file with interruptions": {"kind": "EDF+D"},
+        "r.edf: has 1 ECG signals (II in mV, V1 in degC)": {"names": ["II", "V\n1\0"], "units": ["mV", "degC"]},
+        "r.edf: is sampled at 10": {"rates": [10, 10]},
         "without a sampling rate": {"seconds": 0.5, "rates": [360, 0]},
     }.items():
         check_refusal(write_edf(path, [np.arange(3600)] * 2, **{**good, **case}), why, read)
@@ -103,45 +101,23 @@ def test_damaged_edf_files_are_refused_in_one_line(tmp_path):
         check_refusal(path, "cannot be read as a recording", read)
 
 
-@pytest.mark.parametrize(
-    ("text", "why"),
-    [
-        ("time,MLII\n0,1\n", "1 columns are ECG leads and two are needed; name them"),
-        ("MLII,V1\n0.1,0.2\n0.1,x\n", "line 3, column V1: 'x' is not a number"),
-        ("MLII,V1\nmV,mV\n0.1,0.2\n", "line 2, column MLII: 'mV'"),
-        ('"MLII\n (mV)",V1\nx,0.2\n', "line 3, column MLII (mV): 'x'"),
-        ("", "0 columns are ECG leads"),
-    ],
-)
-def test_a_table_of_leads_that_could_mean_something_else_is_refused(tmp_path, text, why):
-    (tmp_path / "r.csv").write_text(text)
-    check_refusal(tmp_path / "r.csv", why, read, 360.0)
+def test_a_table_of_leads_that_could_mean_something_else_is_refused(tmp_path):
+    for text, why in (
+        ("time,MLII\n0,1\n", "has 1 ECG signals (time in no unit, MLII in mV); two are needed"),
+        ('"MLII\n (mV)",V1\n0.1,\nx,0.2\n', "line 4, column MLII (mV): 'x' is not a number"),
+        ("", "has 0 ECG signals"),
+    ):
+        (tmp_path / "r.csv").write_text(text)
+        check_refusal(tmp_path / "r.csv", why, read, 360.0)
 
 
 def test_beats_are_detected_in_a_record_without_annotations(tmp_path):
     samples = make_record(tmp_path, "r", annotate=False, names=("V1", "III"))
     X, recording = read(tmp_path / "r", model={**MODEL, "leads": None})
-    assert recording.origin == f"found by the detector {recordings.DETECTOR}"
+    assert recording.title.endswith("R peaks found by the detector gqrs")
     near = [np.abs(np.array(recording.samples) - sample).min() < 0.05 * 360 for sample in samples]
     assert sum(near) >= BEAT_COUNT - 2
     assert len(X) == sum(recording.classified)
-
-
-@pytest.mark.parametrize(
-    ("what", "why"),
-    [
-        ({"leads": 1}, "1 ECG signals"),
-        ({"edit": lambda x: x * [1, 0]}, "flat signal"),
-        ({"edit": lambda x: x * [0, 1], "annotate": False}, "flat signal"),
-        ({"marks": lambda samples, symbols: [(samples[0], "+", "(N\0")]}, "fewer than three beats"),
-        ({"fs": 50.0}, "sampled at 50"),
-        ({"marks": lambda samples, symbols: [(sample + 10**7, "N") for sample in samples]}, "outside its signal"),
-        ({"marks": lambda samples, symbols: [(0, "["), *zip(samples, symbols)]}, "no usable beat"),
-    ],
-)
-def test_a_record_that_cannot_be_classified_is_one_line(tmp_path, what, why):
-    make_record(tmp_path, "r", **what)
-    check_refusal(tmp_path / "r", why, read)
 
 
 def test_paced_beats_and_other_leads_give_a_warning(tmp_path, capsys):
@@ -152,13 +128,21 @@ def test_paced_beats_and_other_leads_give_a_warning(tmp_path, capsys):
     assert "r has the leads V5 and V2; the model was trained on MLII and V1" in warnings
 
 
-def test_other_features_and_damaged_records_are_refused(tmp_path, capsys):
+def test_records_that_cannot_be_classified_are_refused(tmp_path, capsys):
+    for what, why in (
+        ({"edit": lambda x: x * [0, 1], "annotate": False}, "r (gqrs): has a flat signal; no beat can be classified"),
+        ({"marks": lambda samples, symbols: [(samples[0], "+", "(N\0")]}, "r (atr): has fewer than three beats"),
+        ({"leads": 1}, "r: has 1 ECG signals"),
+    ):
+        make_record(tmp_path, "r", **what)
+        check_refusal(tmp_path / "r", why, read)
     make_record(tmp_path, "r")
+    check_refusal(tmp_path / "r", "r (atr): has ", read, None, None, 1e-9)
     _, recording = read(tmp_path / "r")
     assert len(client.read_signal_again(recording)) > recording.samples[-1]
     other = {"features": FEATURES[:5]}
     check_refusal(tmp_path / "r", "does not use the features of records", read, None, None, None, other)
-    check_refusal(tmp_path / "r", "its .qrs cannot be read", read, None, "qrs")
+    check_refusal(tmp_path / "r", "r (qrs): [Errno 2] No such file", read, None, "qrs")
     for name, content, why in (("r.atr", b"\0", "lacks its end"), ("r.dat", b"", "cannot be read as a recording")):
         (tmp_path / name).write_bytes(content)
         check_refusal(tmp_path / "r", why, read)
@@ -171,9 +155,7 @@ def test_other_features_and_damaged_records_are_refused(tmp_path, capsys):
     [
         "a,b,c\n1.5,-2,3e-2\n4,5.25,6\n",
         "a, b , c\r\n 1.5, -2, 0.03\r\n4 ,5.25,6\r\n\r\n",
-        "a,b,c\r\r\n1.5,-2,0.03\r\r\n4,5.25,6\r\r\n",
-        'a,b,c\n1.5,"-2", "0.03"\n4,5.25,6\n,,\n,,,,\n',
-        "a,b,c\n1.5,-2,0.03,\n4,5.25,6,\n",
+        'a,b,c\r\r\n1.5,"-2", "0.03"\r\r\n4,5.25,6\r\r\n,,\n,,,,\n',
         "a;b;c\n1,5;-2;0,03\n4;5,250;6\n",
         'a,b,c\n"1,5",-2,"0,03"\n4,"5,25",6\n',
         "a\tb\tc\n1,5\t-2\t3,0E-2\n4\t5,25\t6\n",
@@ -190,17 +172,15 @@ def test_a_beats_file_is_read_as_spreadsheets_and_programs_write_it(tmp_path, te
 @pytest.mark.parametrize(
     ("text", "where"),
     [
-        ("a,b,c\n1,2,3\n7,4,5,6\n", "line 3: 4 values for 3 columns"),
-        ("a,b,c\n0,5,1,2\n", "line 2: 4 values"),
-        ('a,b,c,comment\n"1",4,5,6,""\n', "line 2: 5 values for 4 columns"),
-        ("a,b,c\n1,2,3,\n4,5,6\n", "line 2: 4 values"),
+        ("a,b,c\n1,2,3\n0,5,1,2\n", "line 3: 4 values for 3 columns"),
+        ("a,b,c\n1,2,3,\n4,5,6,\n", "line 2: 4 values"),
         ("a,b,c,a\n1,2,3,4\n", "2 columns are called 'a'"),
         ("a,b,c\n1,,3\n", "line 2, column b: there is no value"),
         ("a,b,c\n,,\n1,2,3\n", "line 2, column a: there is no value"),
         ('a,b,c\n1,2,"1,234"\n', "line 2, column c: '1,234'"),
         ("a;b;c\n1;0.5;0,5\n", "line 2, column c: '0,5'"),
         ("a;b;c\n1;2;1.234,5\n", "line 2, column c: '1.234,5'"),
-        *((f"a,b,c\n1,2,3\n1,2,{cell}\n", "line 3, column c: ") for cell in ("nan", "inf", "1e999", "x", "1_0", "1 0")),
+        *((f"a,b,c\n1,2,{cell}\n", "line 2, column c: ") for cell in ("nan", "1e999", "x", "1_0", "1 0")),
         (f"a,b,c\n1,2,{'1' * 130_000}x\n", "column c"),  # the longest cell; a bad pattern would try it in every way
         ('a,b,c,d\n1,2,3,"x\n4,5,6,y\n', "line 3: unexpected end of data"),
         ("a,b,c\n", "has no rows"),
@@ -250,14 +230,14 @@ def decided(codes):
     """A recording of beats, 0.8 s apart, that were given these codes (N, Q or a quotation mark), and its table."""
     classified, logits = [code != decisions.NOT_CLASSIFIED for code in codes], np.arange(1.0, len(codes) + 1)
     samples, leads = (100 + np.arange(len(codes)) * 288).tolist(), ["MLII", "V1"]
-    recording = recordings.Recording("r", "r", None, "of r.atr", "", 360.0, leads, samples, classified, {"lost": 2})
+    recording = recordings.Recording("r", "r", None, "r", 360.0, leads, samples, classified, "; 2 lost")
     logits *= [1 if code == decisions.ABNORMAL else -1 for code in codes]
     return recording, decisions.join(recording, logits[classified])
 
 
 def test_runs_of_abnormal_beats_are_counted_and_the_most_certain_are_shown_in_the_order_of_time():
     assert decisions.summary(*decided('"NQQNQQQN' + "N" * 100 + 'QQQQ"QQ"')).splitlines() == [
-        "r: 117 beats, R peaks of r.atr",
+        "r",
         "103 normal, 11 abnormal",
         "3 not classified; 2 lost",
         "2 runs of 3 or more abnormal beats in a row; the longest has 4 beats, at 0:01:27",
@@ -277,15 +257,11 @@ def test_the_files_hold_every_beat_and_are_replaced_by_the_next_run_only(tmp_pat
     for leads in (None, signal):
         decisions.write_files(tmp_path, recording, beats, leads)
         sizes.append((tmp_path / "r.fhe.png").stat().st_size)
-        decisions.check_files(tmp_path, recording)
     assert (sizes[1] > sizes[0] > 10_000) == ("Q" in codes)
     table = pd.read_csv(tmp_path / "r.fhe.csv")
     assert list(table) == ["sample", "time", "output", "probability", "decision"]
     assert table["decision"].tolist() == [decisions.WORDS[code] for code in codes]
     np.testing.assert_allclose(table["output"], beats["output"], rtol=1e-12)
     assert wfdb.rdann(str(tmp_path / "r"), "fhe").symbol == list(codes)
-    for ending in decisions.OUTPUTS:
-        (tmp_path / f"r{ending}").write_bytes(b"of another program")
-        with pytest.raises(InputError, match=re.escape(f"r{ending}: exists and is not an earlier output")):
-            decisions.check_files(tmp_path, recording)
-        (tmp_path / f"r{ending}").unlink()
+    for ending, start in decisions.OUTPUTS.items():
+        exchange.check_replaceable(tmp_path / f"r{ending}", start)

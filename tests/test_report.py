@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import subprocess
-import sys
 
 import numpy as np
 import openpyxl
@@ -16,7 +14,7 @@ from conftest import ROOT
 
 from fhe_mlp import ecg
 from fhe_mlp.cli import InputError
-from fhe_mlp.experiments import figures, report, steps, workbooks
+from fhe_mlp.experiments import figures, report, workbooks
 from fhe_mlp.experiments.results import LAYOUT, RUN_COLUMNS, Results
 
 
@@ -66,40 +64,12 @@ def test_what_is_added_is_there_after_reopening_in_the_order_asked_for(tmp_path)
         assert results.comparison("y").empty
 
 
-def test_a_transaction_that_is_cut_short_leaves_nothing(tmp_path):
-    code = (
-        "import os, sys; from pathlib import Path; from fhe_mlp.experiments import Results\n"
-        "results = Results(Path(sys.argv[1]))\n"
-        "results.add({'identity': 'a'})\n"
-        "results.connection.execute('BEGIN')\n"
-        "results.connection.execute(\"INSERT INTO configurations VALUES ('b', '{}', NULL)\")\n"
-        "os.kill(os.getpid(), 9)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "r.sqlite"], cwd=ROOT, check=False)
-    assert done.returncode == -9
-    with Results(tmp_path / "r.sqlite") as results:
-        assert results.facts(["a", "b"]) == [{"identity": "a"}]
-
-
-def test_one_process_writes_and_others_read(tmp_path):
-    path = tmp_path / "r.sqlite"
-    with Results(path) as writer:
-        with pytest.raises(InputError, match=r"r\.sqlite: another run writes to it"):
-            Results(path)
-        with Results(path, write=False) as reader:
-            assert reader.facts(["a"]) == []
-            writer.add(configuration("a"))
-            assert len(reader.facts(["a"])) == 1
-    Results(path).__exit__()
-
-
 @pytest.mark.parametrize(
     "content", [b"hello, this is no database" * 100, b"SQLite format 3\x00" + bytes(4000), LAYOUT - 1]
 )
 def test_a_file_that_is_no_database_of_this_layout_is_refused_and_stays(tmp_path, content):
     path = tmp_path / "r.sqlite"
-    assert Results(path, write=False).facts(["a"]) == []
-    assert not path.exists()
+    assert Results(path, write=False).facts(["a"]) == [] and not path.exists()
     message = "cannot be used as a database"
     if isinstance(content, int):
         message = f"has layout {content}, this program writes layout {LAYOUT}"
@@ -114,24 +84,21 @@ def test_a_file_that_is_no_database_of_this_layout_is_refused_and_stays(tmp_path
     assert path.read_bytes() == before
 
 
-def test_a_full_disk_is_one_line_and_what_was_there_stays(tmp_path):
+def test_a_full_disk_is_one_line_and_what_was_there_stays_and_no_half_is_added(tmp_path):
     with Results(tmp_path / "r.sqlite") as results:
         results.add(configuration("a"))
         (pages,) = results.connection.execute("PRAGMA page_count").fetchone()
-        results.connection.execute(f"PRAGMA max_page_count = {pages}")  # SQLite's own way to run out of space
+        results.connection.execute(f"PRAGMA max_page_count = {pages + 2}")  # SQLite's own way to run out of space
         with pytest.raises(InputError, match="cannot be written .*full"):
-            results.add(configuration("b"), np.zeros(20_000))
+            results.add(configuration("b"), runs=[run(row) for row in range(1000)])
+        assert [facts["identity"] for facts in results.facts(["a", "b"])] == ["a"]
+        results.connection.execute("INSERT INTO configurations VALUES ('b', '{}', NULL)")  # the process ends before
     with Results(tmp_path / "r.sqlite") as results:
         assert [facts["identity"] for facts in results.facts(["a", "b"])] == ["a"]
+        assert results.runs(["a", "b"]).empty
 
 
 # Tables
-
-
-def test_front_holds_what_nothing_of_lower_or_the_same_cost_equals():
-    cost = pd.Series([1.0, 2, 2, 3, 4, 5], index=list("abcdef"))
-    accuracy = pd.Series([0.9, 0.95, 0.96, 0.96, 0.93, 0.99], index=list("abcdef"))
-    assert list(report.pareto(cost, accuracy)[lambda on: on].index) == ["a", "c", "f"]
 
 
 def test_the_interval_is_that_of_the_agreement_and_times_are_those_of_beats_alone():
@@ -168,6 +135,14 @@ def test_a_summary_is_sorted_by_cost_model_and_bits_and_holds_what_failed():
     assert only_failed[["model_name", "status", "on_front"]].to_numpy().tolist() == [["x", "failed", False]]
 
 
+def test_front_holds_what_nothing_of_lower_or_the_same_cost_equals():
+    points = {"a": (1, 0.9), "b": (2, 0.95), "c": (2, 0.96), "d": (3, 0.96), "e": (4, 0.93), "f": (5, 0.99)}
+    facts = [configuration(n, complexity=c, balanced_accuracy_validation=a) for n, (c, a) in points.items()]
+    facts[5] |= {"noisy_balanced_accuracy_validation": 0.97, "balanced_accuracy_validation": 0.1}  # the first counts
+    summary = report.summarize(pd.DataFrame(facts), pd.DataFrame([described("a")]))
+    assert summary["identity"][summary["on_front"]].tolist() == ["a", "c", "f"]
+
+
 def metrics(folder, accuracy):
     """Write what steps 1 and 3 do, and return the table that step 5 makes of them and of one network."""
     folder.mkdir(parents=True)
@@ -177,20 +152,20 @@ def metrics(folder, accuracy):
     (folder / "dynamic_pruning_metrics.json").write_text(json.dumps(rates))
     name = "pruned_model_top_1_prune_90_acc_0.9876"
     summary = pd.DataFrame([configuration(name, balanced_accuracy_test_set=accuracy - 0.02, agreement=1.0)])
-    table = steps.steps_table(folder, summary, "known patients")
-    table.to_csv(folder / steps.STEPS, index=False)
+    table = report.steps_table(folder, summary, "known patients")
+    table.to_csv(folder / report.STEPS, index=False)
     return table
 
 
 @pytest.mark.parametrize(("one", "other"), [("plain", "packed"), ("a/results", "b/results")])
 def test_networks_of_any_two_folders_stand_side_by_side(tmp_path, monkeypatch, one, other):
     tables = [metrics(tmp_path / folder, accuracy) for folder, accuracy in ((one, 0.9), (other, 0.8))]
-    names, read = steps.read_beside(tmp_path / one, tmp_path / other)
-    assert list(names.values()) == ([one, other] if one == "plain" else [str(tmp_path / one), str(tmp_path / other)])
-    shown = dict(zip(names.values(), (tables[0], read)))
-    joined = steps.side_by_side(shown).set_index("network")
+    name, beside = report.read_beside(tmp_path / one, tmp_path / other)
+    shown = {name: tables[0], **beside}
+    assert list(shown) == ([one, other] if one == "plain" else [str(tmp_path / one), str(tmp_path / other)])
+    joined = report.side_by_side(shown).set_index("network")
     assert list(joined.index) == ["baseline", "90 % of neurons removed", "90 % of neurons removed, 3 bits"]
-    for name, first in zip(names.values(), (0.9, 0.8)):
+    for name, first in zip(shown, (0.9, 0.8)):
         accuracies = joined[f"balanced_accuracy, {name}"].to_list()
         assert accuracies == pytest.approx([first, first - 0.01, first - 0.02])
         assert joined[f"agreement, {name}"].to_list()[2] == 1
@@ -200,9 +175,9 @@ def test_networks_of_any_two_folders_stand_side_by_side(tmp_path, monkeypatch, o
     heights = sorted(y for container in drawn[0].axes[0].containers for y in container.lines[0].get_ydata())
     assert heights == pytest.approx([78, 79, 80, 88, 89, 90])
     assert f"{next(iter(shown))} (known patients), float" in drawn[0].axes[0].get_legend_handles_labels()[1]
-    (tmp_path / other / steps.STEPS).write_text("a,b\n1,2\n")
+    (tmp_path / other / report.STEPS).write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match="fhe_steps.csv: .*; make it with: python fhe_experiments.py"):
-        steps.read_beside(tmp_path / one, tmp_path / other)
+        report.read_beside(tmp_path / one, tmp_path / other)
 
 
 # Workbooks and pictures

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, until
 
 from fhe_mlp.cli import InputError, cores
-from fhe_mlp.workers import LOST, open_workers
+from fhe_mlp.workers import open_workers
 
 HERE = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 
@@ -66,13 +66,20 @@ def test_processes_of_this_machine_share_its_cores_and_write_nothing(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(("deaths", "result"), [(1, 2), (100, LOST)])
+@pytest.mark.parametrize(("deaths", "result"), [(1, 2), (100, "lost")])
 def test_only_the_job_that_kills_its_process_again_and_again_is_lost(tmp_path, deaths, result):
-    with open_workers(None, 2) as workers:
-        jobs = [(tmp_path, number, deaths if number == 2 else 0) for number in range(6)]
-        found = dict(workers.map(die, jobs))
-        assert found == {0: 0, 1: 1, 2: result, 3: 3, 4: 4, 5: 5}
-        assert len(list(tmp_path.iterdir())) == min(deaths, 3)
+    code = (  # in a process without Concrete, as step 5's; other tests load it here
+        "import json, pathlib, sys, test_workers\nfrom fhe_mlp.workers import LOST, open_workers\n"
+        "folder, deaths = pathlib.Path(sys.argv[1]), int(sys.argv[2])\n"
+        "jobs = [(folder, number, deaths if number == 2 else 0) for number in range(6)]\n"
+        "with open_workers(None, 2) as workers:\n"
+        "    found = dict(workers.map(test_workers.die, jobs))\n"
+        "print(json.dumps(['lost' if found[number] is LOST else found[number] for number in range(6)]))"
+    )
+    argv = [sys.executable, "-c", code, tmp_path, str(deaths)]
+    done = subprocess.run(argv, env={**os.environ, **HERE}, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [0, 1, result, 3, 4, 5]
+    assert len(list(tmp_path.iterdir())) == min(deaths, 3)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
@@ -84,13 +91,8 @@ def test_no_process_outlives_its_parent(tmp_path, how):
         "        list(found.map(wait_for_ever, [(pathlib.Path(sys.argv[1]),)] * 4))\n"
         "cli.run(main, 'run it again')"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path],
-        env={**os.environ, **HERE},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    pipes = {"env": {**os.environ, **HERE}, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], **pipes)
     until(lambda: len(list(tmp_path.iterdir())) == 2 or process.poll() is not None)
     children = list(tmp_path.iterdir())
     os.killpg(process.pid, how)  # as a terminal does
@@ -109,7 +111,7 @@ class Cluster:
         self.folder, self.environment, self.processes = folder, {**os.environ, **environment}, []
         self.file = folder / "scheduler.json"
         self.start("scheduler", "--host", "127.0.0.1", "--port", "0")
-        until(lambda: self.file.exists() or self.processes[0].poll() is not None)
+        until(lambda: (self.file.exists() and self.file.stat().st_size) or self.processes[0].poll() is not None)
         self.address = json.loads(self.file.read_text())["address"]
 
     def start(self, *what):
@@ -133,13 +135,17 @@ def cluster(tmp_path):
 
 def when(happens, then):
     """Call `then` in a thread as soon as `happens()` is true."""
-
     threading.Thread(target=lambda: (until(happens), then()), daemon=True).start()
 
 
-def test_dask_repeats_the_jobs_of_a_killed_worker_on_one_that_comes_later(cluster, tmp_path):
+def test_dask_refuses_other_versions_and_repeats_the_jobs_of_a_killed_worker(cluster, tmp_path, monkeypatch):
     dask = cluster(**HERE)
     first = dask.worker()
+    with monkeypatch.context() as patch:
+        patch.setenv("LIBRARY", "2.0")
+        refused = pytest.raises(InputError, match=r"^worker tcp://.*: its library is 1.0, here it is 2.0; install the")
+        with refused, open_workers(None, 0, dask.address, versions) as workers:
+            list(workers.map(add, [(1,)]))
     gone = pytest.raises(InputError, match=r"^--scheduler tcp://.*: it is gone; start it")
     with gone, open_workers(10, 0, dask.address, versions) as workers:
         assert sorted(workers.map(add, ((number,) for number in range(3)))) == [(0, 10), (1, 11), (2, 12)]
@@ -151,14 +157,6 @@ def test_dask_repeats_the_jobs_of_a_killed_worker_on_one_that_comes_later(cluste
         started.mkdir()
         when(lambda: list(started.iterdir()), dask.processes[0].kill)
         list(workers.map(wait_for_ever, [(started,)]))
-
-
-def test_a_dask_worker_of_another_version_is_refused(cluster):
-    dask = cluster(**HERE, LIBRARY="2.0")
-    dask.worker()
-    refused = pytest.raises(InputError, match=r"^worker tcp://.*: its library is 2.0, here it is 1.0; install the same")
-    with refused, open_workers(None, 0, dask.address, versions) as workers:
-        list(workers.map(add, [(1,)]))
 
 
 def test_dask_workers_without_the_package_receive_it_also_later_ones(cluster, tmp_path, monkeypatch):

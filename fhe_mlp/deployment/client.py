@@ -9,14 +9,14 @@ decrypt prints output, probability and decision. The three .zip files are all th
 and stays here, as does encrypted_beats.json, which holds the beats' times.
 """
 
-from __future__ import annotations
-
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import secrets
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,12 @@ from scipy.special import expit
 from fhe_mlp import scaling
 from fhe_mlp.cli import HelpFormatter, InputError, check_writable, first_line, positive_float, run_and_leave, write_json
 from fhe_mlp.deployment import decisions, exchange, recordings
-from fhe_mlp.deployment.exchange import Archive, Header, write_archive
+from fhe_mlp.deployment.exchange import Archive, Header
 from fhe_mlp.encrypted import ANSWERS, BEATS, KEYS, scheme_module
 
 HERE = Path(__file__).resolve().parent
 SECRETS = "secret_keys.zip"  # in the folder of keys
-TIMES, TIMES_START = Path("encrypted_beats.json"), rb'\{\s*"beats": "'  # its default name, and how it begins
+TIMES_START = rb'\{\s*"beats": "'  # of the .json file
 FAR_SD = 10.0  # standard deviations from the training mean; a column with most of its values beyond: another unit
 
 
@@ -63,9 +63,8 @@ def make_keys(args: argparse.Namespace) -> None:
         name = secrets.token_hex(8)
         client.make_keys()
         secret = Header(exchange.SECRET_KEYS, model["model"], name)
-        write_archive(args.keys / SECRETS, secret, [client.secret_keys()])
-    payloads = [keys for keys in [client.evaluation_keys()] if keys]  # some schemes need none
-    write_archive(args.output, Header(KEYS, model["model"], name, count=len(payloads)), payloads)
+        exchange.write_archive(args.keys / SECRETS, secret, [client.secret_keys()])
+    exchange.write_archive(args.output, Header(KEYS, model["model"], name), [client.evaluation_keys()])
 
 
 def warn_of_units(X: np.ndarray, model: dict[str, Any]) -> None:
@@ -78,10 +77,7 @@ def warn_of_units(X: np.ndarray, model: dict[str, Any]) -> None:
 
 
 def encrypt(args: argparse.Namespace) -> None:
-    """Encrypt the beats of a recording, whose times are stored beside the output, or of a .csv file of features.
-
-    Raises InputError.
-    """
+    """Encrypt the beats of a recording, with their times in a .json file beside, or of a .csv file of features."""
     times, recording = args.output.with_suffix(".json"), None
     if times == args.output:
         raise InputError(f"{times}: would overwrite the beats' times; name another --output")
@@ -96,29 +92,23 @@ def encrypt(args: argparse.Namespace) -> None:
         X = recordings.read_features(args.file, [feature["name"] for feature in model["features"]])
     warn_of_units(X, model)
     X = scaling.prepare(X, model["scaler"], model["map"])
-    header = Header(BEATS, model["model"], load_keys(args.keys, model, client), secrets.token_hex(8), len(X))
+    beats = secrets.token_hex(8) if recording else ""
+    header = Header(BEATS, model["model"], load_keys(args.keys, model, client), beats, len(X))
     if recording:  # its times are written before the beats, which must not travel without them
-        print(f"{recording.title()}; {len(X)} can be classified{recording.reasons()}")
-        write_json(times, {"beats": header.beats, "recording": dataclasses.asdict(recording)})
+        print(f"{recording.title}; {len(X)} can be classified{recording.reasons}")
+        write_json(times, {"beats": beats, "recording": dataclasses.asdict(recording)})
     size = model["numbers"]["beats"]
-    write_archive(args.output, header, (client.encrypt(X[first : first + size]) for first in range(0, len(X), size)))
+    payloads = (client.encrypt(X[first : first + size]) for first in range(0, len(X), size))
+    exchange.write_archive(args.output, header, payloads)
 
 
-def read_times(given: Path | None, beats: str) -> recordings.Recording | None:
-    """Return the recording that encrypt stored with these beats, None where it is not named. Raises InputError."""
-    path = given or TIMES
-    if not given and not path.exists():
-        return None
-    try:
+def read_times(path: Path, beats: str) -> recordings.Recording:
+    """Return the recording that encrypt stored with these beats. Raises InputError."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
         times = json.loads(path.read_text(encoding="utf-8"))
         if times["beats"] == beats:
             return recordings.Recording(**times["recording"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: is damaged ({first_line(error)}); name the right file with --beats") from None
-    if given:
-        raise InputError(f"{path}: is of other beats than the answers")
-    print(f"warning: {path} is of other beats; name the right file with --beats", file=sys.stderr)
-    return None
+    raise InputError(f"{path}: is damaged or of other beats; name the right file with --beats")
 
 
 def read_signal_again(recording: recordings.Recording) -> np.ndarray | None:
@@ -137,11 +127,12 @@ def decrypt(args: argparse.Namespace) -> None:
     """Decrypt the answers: of a recording into files of their own, else onto stdout. Raises InputError."""
     model, client = open_client()
     archive = Archive(args.file, ANSWERS, model, client.check)
-    name, remedy = load_keys(args.keys, model, client), "it can only be decrypted with the keys it was encrypted with"
-    exchange.check_same("key", args.file, archive.header.key, name, remedy)
-    recording = read_times(args.beats, archive.header.beats)
+    if load_keys(args.keys, model, client) != archive.header.key:
+        raise InputError(f"{args.file}: can only be decrypted with the keys with which its beats were encrypted")
+    recording = read_times(args.beats, archive.header.beats) if archive.header.beats else None
     if recording:
-        decisions.check_files(args.output, recording)
+        for ending, start in decisions.OUTPUTS.items():
+            exchange.check_replaceable(args.output / f"{recording.name}{ending}", start)
     try:
         parts = [client.decrypt(archive.payload(k), len(span)) for k, span in enumerate(archive.spans)]
     except (RuntimeError, ValueError) as error:
@@ -162,27 +153,29 @@ def main() -> None:
     os.umask(0o077)  # nobody else can read keys, times of beats and decisions
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for function, name, output, what in (
-        (make_keys, "keys", "evaluation_keys.zip", "once: make secret keys, and the evaluation keys for the server"),
-        (encrypt, "encrypt", "encrypted_beats.zip", "encrypt the beats of a recording or of a .csv file of features"),
-        (decrypt, "decrypt", ".", "decrypt the answers; of a recording: annotations, .csv file, picture"),
-    ):
+
+    def add(function: Callable, name: str, output: str, what: str) -> Callable:
         command = commands.add_parser(name, help=what, description=what, formatter_class=HelpFormatter)
         command.set_defaults(function=function)
         command.add_argument("--keys", type=Path, default=Path("keys"), help="folder of the secret keys")
-        what = "folder of what is written" if function is decrypt else "file to write"
-        command.add_argument("--output", type=Path, default=Path(output), help=what)
-        if function is encrypt:
-            command.add_argument("file", metavar="beats", type=Path, help="recording, or .csv file of features")
-            what = f"ending of the annotation file with the beats, or {recordings.DETECTOR} to detect them"
-            command.add_argument("--annotator", metavar="NAME", help=f"{what} (default: atr if it exists)")
-            what = "sampling rate in Hz; the file is then a .csv of two leads, named in its first line, as 'MLII (mV)'"
-            command.add_argument("--fs", type=positive_float, help=what)
-            command.add_argument("--minutes", type=positive_float, help="used part of the recording (default: all)")
-        elif function is decrypt:
-            command.add_argument("file", metavar="answers", type=Path, help="encrypted_answers.zip of server.py")
-            what = f"the .json file that encrypt wrote for these beats (default: {TIMES})"
-            command.add_argument("--beats", type=Path, metavar="FILE", help=what)
+        written = "folder of what is written" if function is decrypt else "file to write"
+        command.add_argument("--output", type=Path, default=Path(output), help=written)
+        return command.add_argument
+
+    add(make_keys, "keys", "evaluation_keys.zip", "once: make secret keys, and the evaluation keys for the server")
+    what = "encrypt the beats of a recording or of a .csv file of features"
+    option = add(encrypt, "encrypt", "encrypted_beats.zip", what)
+    option("file", metavar="beats", type=Path, help="recording, or .csv file of features")
+    what = f"ending of the annotation file with the beats, or {recordings.DETECTOR} to detect them"
+    option("--annotator", metavar="NAME", help=f"{what} (default: atr if it exists)")
+    what = "sampling rate in Hz; the file is then a .csv of two leads, named in its first line, as 'MLII (mV)'"
+    option("--fs", type=positive_float, help=what)
+    option("--minutes", type=positive_float, help="used part of the recording (default: all)")
+    what = "decrypt the answers; of a recording: annotations, .csv file, picture"
+    option = add(decrypt, "decrypt", ".", what)
+    option("file", metavar="answers", type=Path, help="encrypted_answers.zip of server.py")
+    what = "the .json file that encrypt wrote for these beats"
+    option("--beats", type=Path, default=Path("encrypted_beats.json"), metavar="FILE", help=what)
     args = parser.parse_args()
     args.function(args)
 

@@ -1,7 +1,5 @@
 """The decisions on a recording's beats: WFDB annotations, a .csv file, a summary and a picture."""
 
-from __future__ import annotations
-
 import re
 import tempfile
 from datetime import timedelta
@@ -12,8 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
-from fhe_mlp.cli import InputError, whole_file
-from fhe_mlp.deployment.exchange import check_replaceable
+from fhe_mlp.cli import whole_file
 from fhe_mlp.deployment.recordings import Recording
 
 # WFDB codes of the decisions: the beat code that names no class, since the network names none, and that of a comment.
@@ -57,24 +54,22 @@ def summary(recording: Recording, beats: pd.DataFrame) -> str:
         first, end = max(runs, key=lambda run: run[1] - run[0])
         longest = f"; the longest has {end - first} beats, at {timedelta(seconds=int(beats['time'][first]))}"
     return (
-        f"{recording.title()}\n{normal} normal, {abnormal} abnormal\n{others} not classified{recording.reasons()}\n"
+        f"{recording.title}\n{normal} normal, {abnormal} abnormal\n{others} not classified{recording.reasons}\n"
         f"{len(runs)} run{'s' * (len(runs) != 1)} of {RUN_BEATS} or more abnormal beats in a row{longest}"
     )
 
 
-def check_files(folder: Path, recording: Recording) -> None:
-    """Raise InputError where a file to be written holds the beats that were encrypted, or is another program's."""
-    for ending, start in OUTPUTS.items():
-        path = folder / f"{recording.name}{ending}"
-        if path.resolve() == Path(recording.annotations):
-            raise InputError(f"{path}: writing it would overwrite the R peaks; name another --output")
-        check_replaceable(path, start)
-
-
 def write_files(folder: Path, recording: Recording, beats: pd.DataFrame, signal: np.ndarray | None) -> None:
     """Write all OUTPUTS of a recording; signal: its leads in mV (samples, 2), None where they are gone."""
+    import wfdb
+
     annotations, table, picture = (folder / f"{recording.name}{ending}" for ending in OUTPUTS)
-    write_annotations(annotations, recording.fs, beats)
+    notes = beats["probability"].map("{:.4f}".format).mask(beats["code"] == NOT_CLASSIFIED, WORDS[NOT_CLASSIFIED])
+    clock = f"## time resolution: {recording.fs:.12g}"  # a comment at sample 0; with its option fs wrann fails
+    samples, codes, notes = np.array([0, *beats["sample"]]), [NOT_CLASSIFIED, *beats["code"]], [clock, *notes]
+    with whole_file(annotations) as temporary, tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
+        wfdb.wrann("beats", "fhe", samples, codes, aux_note=notes, write_dir=scratch)
+        Path(scratch, "beats.fhe").replace(temporary)
     rounded = beats.assign(time=beats["time"].round(3), decision=beats["code"].map(WORDS)).drop(columns="code")
     with whole_file(table) as temporary:
         rounded.to_csv(temporary, index=False)
@@ -82,30 +77,16 @@ def write_files(folder: Path, recording: Recording, beats: pd.DataFrame, signal:
         draw(temporary, recording, beats, signal)
 
 
-def write_annotations(path: Path, fs: float, beats: pd.DataFrame) -> None:
-    """Write the beats as a WFDB annotation file with their probabilities as notes."""
-    import wfdb
-
-    notes = beats["probability"].map("{:.4f}".format).mask(beats["code"] == NOT_CLASSIFIED, WORDS[NOT_CLASSIFIED])
-    clock = f"## time resolution: {fs:.12g}".encode()  # a note at the beginning, at which wfdb 4.1.2 fails
-    start = bytes((0, 22 << 2, len(clock), 63 << 2)) + clock + bytes(len(clock) % 2) + b"\0\xec\xff\xff\xff\xff\1\0"
-    with whole_file(path) as temporary, tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-        samples, codes = beats["sample"].to_numpy(), beats["code"].tolist()
-        wfdb.wrann("beats", "fhe", samples, codes, aux_note=notes.tolist(), write_dir=folder)
-        temporary.write_bytes(start + (Path(folder) / "beats.fhe").read_bytes())
-
-
 def choose_strips(beats: pd.DataFrame) -> list[tuple[int, int]]:
-    """Return up to STRIPS runs of abnormal beats, the most certain ones in the order of time.
+    """Return up to STRIPS runs of abnormal beats in the order of time, none of which begins in the strip of another.
 
-    A run is as certain as its least certain beat. Runs shorter than RUN_BEATS come after all others. None begins in
-    the strip of another.
+    Those of RUN_BEATS come first, then the most certain ones; a run is as certain as its least certain beat.
     """
     rank = {run: (run[1] - run[0] < RUN_BEATS, -beats["output"][slice(*run)].min()) for run in abnormal_runs(beats, 1)}
-    chosen: list[tuple[int, int]] = []
+    chosen = []
     for run in sorted(rank, key=rank.get):
-        apart = [abs(beats["time"][run[0]] - beats["time"][other]) > STRIP_S for other, _ in chosen]
-        if all(apart) and len(chosen) < STRIPS:
+        apart = all(abs(beats["time"][run[0]] - beats["time"][other]) > STRIP_S for other, _ in chosen)
+        if apart and len(chosen) < STRIPS:
             chosen.append(run)
     return sorted(chosen)
 
@@ -118,7 +99,7 @@ def draw(path: Path, recording: Recording, beats: pd.DataFrame, signal: np.ndarr
     heights = [1.3, 1.3, *[1.6] * len(runs)]
     figure = Figure(figsize=(10, 1.2 + 1.4 * sum(heights)), layout="constrained")
     rate, shares, *strips = figure.subplots(len(heights), height_ratios=heights)
-    codes, seconds = (ABNORMAL, NOT_CLASSIFIED, NORMAL), beats["time"].iloc[-1]
+    seconds = beats["time"].iloc[-1]
     unit, length = ("h", 3600) if seconds > 2 * 3600 else ("min", 60)
     time, rr = beats["time"] / length, beats["time"].diff()
     beat_rate = (60 / rr).where((rr > 0) & (rr <= LONGEST_RR_S))
@@ -127,6 +108,7 @@ def draw(path: Path, recording: Recording, beats: pd.DataFrame, signal: np.ndarr
     rate.tick_params(labelbottom=False)
     width = BIN_S * max(1, int(np.ceil(seconds / BIN_S / MAX_BINS)))
     edges = np.arange(seconds // width + 2) * width / length
+    codes = (ABNORMAL, NOT_CLASSIFIED, NORMAL)
     style = {"color": [COLORS[code] for code in codes], "label": [WORDS[code] for code in codes], "alpha": 0.7}
     count, *_ = shares.hist([time[beats["code"] == code] for code in codes], edges, stacked=True, **style)
     shares.legend(loc="upper right", ncols=3, fontsize=8, frameon=False)

@@ -1,27 +1,21 @@
 """Files that travel between client.py and server.py: archives of evaluation keys, encrypted beats and answers.
 
-An archive is an uncompressed .zip: header.json, which states what the payloads are and belong to, and an entry "0", "1"
-... for each payload. It comes from somebody else: the names in it are never used as paths, and no entry is read before
-all are known to fit into the file. One payload at a time is in memory.
+An archive is an uncompressed .zip: header.json, and an entry "0", "1" ... for each payload; one at a time is in memory.
+It comes from somebody else: no name in it is used as a path, and no entry is read before all fit into the file.
 """
 
-from __future__ import annotations
-
-import contextlib
-import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fhe_mlp.cli import InputError, first_line, whole_file
+from fhe_mlp.cli import InputError, first_line, sha256, whole_file
 from fhe_mlp.encrypted import ANSWERS, BEATS, scheme_module
 
 SECRET_KEYS = "secret keys"  # an archive that never travels
-VERSION = 3  # of the layout of an archive
 HEADER, HEADER_BYTES = "header.json", 10_000  # its name and most bytes that are read; ours has about 200
 START = rb'PK\x03\x04.{26}header\.json\{"kind": "%b"'  # pattern of how an archive of a kind begins
 MODEL, CLIENT_PART, SERVER_PART = "model.json", "client_part.bin", "server_part.bin"  # beside client.py and server.py
@@ -29,30 +23,27 @@ MODEL, CLIENT_PART, SERVER_PART = "model.json", "client_part.bin", "server_part.
 
 @dataclass(frozen=True)
 class Header:
-    """Content of an archive and, in hexadecimal digits, the network, keys and beats that it belongs to."""
+    """Content of an archive, and the network, keys and beats that it belongs to."""
 
     kind: str  # KEYS, BEATS, ANSWERS or SECRET_KEYS
     model: str  # SHA-256 of the server's part of the network
     key: str  # random name of the keys
-    beats: str = "0"  # random name of the beats; 0 in archives of keys
+    beats: str = ""  # random name of the beats where the client has stored their times
     count: int = 1  # of beats, or of keys
-    version: int = VERSION
 
 
 class Archive:
     """An archive that was checked as a whole: its `header`, and as `spans` the range of beats in each payload."""
 
     def __init__(
-        self, path: Path, kind: str, model: dict[str, Any], check: Callable[[str, bytes], None] | None = None
+        self, path: Path, kind: str, model: dict[str, Any], check: Callable[[str, bytes], None] = lambda *_: None
     ) -> None:
-        """Open and check an archive of `kind` for `model`, the content of model.json.
+        """Open an archive that must be of `kind` and for `model`, the content of model.json.
 
-        check: raises ValueError for a kind and a payload that no library should see. Raises InputError for an archive
-        that is damaged, of another kind or for another model, OSError for a file that cannot be opened.
+        check: raises ValueError for a kind and a payload that no library should see. Raises InputError or OSError.
         """
-        self.path, self.kind, self.check = path, kind, check
-        file = path.open("rb")
-        with self._reading():
+        file = path.open("rb")  # outside of try: a missing file is not a damaged one
+        try:
             self.zip = zipfile.ZipFile(file)
             entries = self.zip.infolist()
             stored = all(e.compress_type == zipfile.ZIP_STORED and e.file_size == e.compress_size for e in entries)
@@ -61,42 +52,29 @@ class Archive:
             if self.zip.getinfo(HEADER).file_size > HEADER_BYTES:
                 raise ValueError("its header is too long")
             self.header = header = Header(**json.loads(self.zip.read(HEADER)))
-            if (header.kind, header.version) != (kind, VERSION):
-                found = f"{str(header.kind)[:40]!r}, version {str(header.version)[:10]!r}"
-                raise InputError(f"{path}: holds {found}; expected are {kind!r}, version '{VERSION}'")
-            if not all(re.fullmatch("[0-9a-f]{1,64}", name) for name in (header.model, header.key, header.beats)):
-                raise ValueError("its header names no model, keys and beats")
-            check_same("model", path, header.model, model["model"], "client and server must come from one export")
-            count, of_beats = header.count, kind in (BEATS, ANSWERS)
-            size = model["numbers"]["beats"] if of_beats else 1
-            if type(count) is not int or count < of_beats or -(-count // size) != len(entries) - 1:
+            if header.kind != kind:
+                raise InputError(f"{path}: holds {str(header.kind)[:40]!r}; expected are {kind!r}")
+            if header.model != model["model"]:
+                raise InputError(f"{path}: is for another model; client and server must come from one export")
+            count, size = header.count, model["numbers"]["beats"] if kind in (BEATS, ANSWERS) else 1
+            if type(count) is not int or count < 1 or -(-count // size) != len(entries) - 1:
                 raise ValueError("its header counts other payloads than there are")
             self.spans = [range(first, min(first + size, count)) for first in range(0, count, size)]
-        for number in range(len(self.spans) or 1):  # now, rather than after hours of computing
-            self.payload(number)
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Turn what is raised on a damaged file, by zipfile a dozen unrelated types, into InputError."""
-        try:
-            yield
+            for number in range(len(self.spans)):  # now, rather than after hours of computing
+                check(kind, self.payload(number))
         except InputError:
             raise
-        except Exception as error:
-            why = f"is truncated or damaged ({first_line(error)})"
-            raise InputError(f"{self.path}: {why}; have it sent again, or restore it from a copy") from None
+        except Exception as error:  # zipfile raises a dozen unrelated types on damaged files
+            remedy = "have it sent again, or restore it from a copy"
+            raise InputError(f"{path}: is truncated or damaged ({first_line(error)}); {remedy}") from None
 
     def payload(self, number: int = 0) -> bytes:
-        """Return one payload, checked; b"" for the keys of a scheme that has none. Raises InputError."""
-        with self._reading():
-            content = self.zip.read(str(number)) if self.spans else b""
-            if self.check:
-                self.check(self.kind, content)
-        return content
+        """Return one payload."""
+        return self.zip.read(str(number))
 
 
 def write_archive(path: Path, header: Header, payloads: Iterable[bytes]) -> None:
-    """Write an archive, whole or not at all, each payload as it comes. Raises InputError where it cannot be written."""
+    """Write an archive, whole or not at all, each payload as it comes."""
     with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         archive.writestr(HEADER, json.dumps(asdict(header)))
         for number, payload in enumerate(payloads):
@@ -112,20 +90,14 @@ def check_replaceable(path: Path, start: bytes) -> None:
                 raise InputError(f"{path}: exists and is not an earlier output of this command; name another --output")
 
 
-def check_same(what: str, path: Path, found: str, expected: str, remedy: str) -> None:
-    """Raise InputError where the file at `path` is for another `what` than expected."""
-    if found != expected:
-        raise InputError(f"{path}: is for {what} {found}, here is {what} {expected}; {remedy}")
-
-
 def read_export(folder: Path, part: str) -> tuple[dict[str, Any], bytes]:
-    """Return the content of MODEL, and of CLIENT_PART or SERVER_PART, in the folder of an exported side.
+    """Return the content of MODEL and of a part in the folder of an exported side.
 
     Raises InputError where one of them is damaged, or a library has another version than where it was exported.
     """
     try:
-        model, content = json.loads((folder / MODEL).read_text(encoding="utf-8")), (folder / part).read_bytes()
-        if hashlib.sha256(content).hexdigest() != model["parts"][part]:
+        model = json.loads((folder / MODEL).read_text(encoding="utf-8"))
+        if sha256(folder / part) != model["parts"][part]:
             raise ValueError(f"{part} is damaged")
         installed = scheme_module(model["scheme"]).Server.versions()
     except ImportError as error:
@@ -135,4 +107,4 @@ def read_export(folder: Path, part: str) -> tuple[dict[str, Any], bytes]:
     for library, version in model["versions"].items() - installed.items():
         found = f"{library} {installed.get(library)} is installed, {version} is needed"
         raise InputError(f"{found}; pip install -r requirements.txt")
-    return model, content
+    return model, (folder / part).read_bytes()

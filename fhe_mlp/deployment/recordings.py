@@ -1,17 +1,14 @@
 """The client's recordings (WFDB, EDF, .csv files of two leads) and .csv files of features, as raw features of beats.
 
 The .csv files come from many programs: commas, semicolons or tabs between columns; decimal points, or decimal commas
-where no value has a point and some value cannot be a thousand. What could be meant in two ways is refused with its line
-and column.
+where no value has a point and some value cannot be a thousand. What has two meanings is refused with its line.
 """
-
-from __future__ import annotations
 
 import csv
 import io
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,7 @@ PEAK_S, PEAK_BAND_HZ = (-0.05, 0.09), (5.0, 25.0)  # around its marks; where QRS
 PACED = "/f"  # WFDB codes of paced beats, and of fusions with them
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)  # float() would also take 1_000, nan and inf
 GROUPED = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+", re.ASCII)  # 1,234: a thousand or a decimal, nobody can say
-UNIT = re.compile(r"(.*?)\s*[\[(]\s*(\S+)\s*[\])]")  # of a column: MLII (uV), V1 [mV]
+COLUMN = re.compile(r"(.*?)(?:\s*[\[(]\s*(\S+)\s*[\])])?", re.DOTALL)  # lead and unit: MLII (uV), V1 [mV], V1
 MAX_BYTES = 100_000_000  # of a .csv file, which takes 30 times as much memory
 Table = list[tuple[int, list[str]]]  # line number and cells of each row
 
@@ -38,21 +35,12 @@ class Recording:
     name: str
     path: str
     csv_fs: float | None  # Hz, of a .csv file; None for others
-    origin: str  # of the R peaks
-    annotations: str  # path of the annotation file that has them, or ""
+    title: str  # name, number of beats and origin of the R peaks: beginning of a sentence
     fs: float  # Hz
     leads: list[str]
     samples: list[int]  # of all beats, in the order of time
     classified: list[bool]  # whether each was encrypted
-    not_classified: dict[str, int]  # number of the others, by reason
-
-    def title(self) -> str:
-        """Return the beginning of a sentence: name, number of beats, and where these come from."""
-        return f"{self.name}: {len(self.samples)} beats, R peaks {self.origin}"
-
-    def reasons(self) -> str:
-        """Return the end of a sentence: why beats are not classified."""
-        return "".join(f"; {count} {reason}" for reason, count in self.not_classified.items())
+    reasons: str  # number of the others by reason, each behind a semicolon: end of a sentence
 
 
 def find_recording(path: Path, fs: float | None) -> Path | None:
@@ -97,18 +85,18 @@ def read_recording(
 ) -> tuple[np.ndarray, Recording]:
     """Return raw features (m, 32) of the beats that can be classified, and the recording.
 
-    fs: of a .csv file; annotator: ending of the annotation file whose beats are used, or DETECTOR; None for .atr where
-    it exists, else DETECTOR; minutes: used part of the recording, None for all; model: content of model.json.
-    Warns on stderr of leads and beats that the network was not trained on. Raises InputError.
+    path, fs: as read_signal; annotator: ending of the annotation file with the beats, DETECTOR, or None for .atr where
+    it exists, else DETECTOR; minutes: used part, None for all; model: content of model.json. Warns on stderr of leads
+    and beats that the network was not trained on. Raises InputError.
     """
     ours, theirs = ([(f["name"], f["formula"]) for f in features] for features in (ecg.FEATURES, model["features"]))
     if ours != theirs:
         raise InputError(f"{path}: this model does not use the features of records; give a .csv file of its features")
     signal, signal_fs, leads = read_signal(path, fs)
-    end = len(signal) if minutes is None else max(1, round(min(minutes * 60 * signal_fs, len(signal))))
+    end = round(min((minutes or np.inf) * 60 * signal_fs, len(signal)))
     stem = path.with_suffix("") if fs is not None or path.suffix.lower() == ".edf" else path
     annotator = annotator or ("atr" if Path(f"{stem}.atr").exists() else DETECTOR)
-    annotations, breaks, outside, warnings = f"{stem}.{annotator}", [], 0, []
+    breaks, outside, warnings = [], 0, []
     try:
         if annotator == DETECTOR:
             beats = find_peaks(signal[:end], signal_fs)
@@ -120,10 +108,8 @@ def read_recording(
             if paced := int(table["symbol"].isin(list(PACED)).sum()):
                 warnings.append(f"{paced} paced beats, on which EC57 does not judge; their decisions mean little")
         X, index, dropped = ecg.beat_features(signal[:end], signal_fs, beats, breaks)
-    except (ecg.Unsuited, ValueError) as error:
-        raise InputError(f"{path} ({annotator}): {error}; no beat can be classified") from None
-    except Exception as error:  # of damaged annotation files
-        raise InputError(f"{path}: its .{annotator} cannot be read ({first_line(error)})") from None
+    except Exception as error:  # wfdb raises a dozen unrelated types on damaged annotation files
+        raise InputError(f"{path} ({annotator}): {first_line(error)}; no beat can be classified") from None
     if model.get("leads") and not ecg.are_expected(leads, model["leads"]):
         expected = " and ".join(" or ".join(names) for names in model["leads"].values())
         found = " and ".join(name or "an unnamed one" for name in leads)
@@ -131,24 +117,20 @@ def read_recording(
     for warning in warnings:
         print(f"warning: {path} has {warning}", file=sys.stderr)
     samples = beats[ecg.single_beats(beats, signal_fs)]
+    classified = np.isin(samples, beats[index]).tolist()
+    origin = f"found by the detector {DETECTOR}" if annotator == DETECTOR else f"of {stem.name}.{annotator}"
+    title = f"{stem.name}: {len(samples)} beats, R peaks {origin}"
+    dropped["outside the signal"] = outside
+    reasons = "".join(f"; {count} {reason}" for reason, count in dropped.items() if count)
     return X.astype(float), Recording(
-        name=stem.name,
-        path=str(path.resolve()),
-        csv_fs=fs,
-        origin=f"found by the detector {DETECTOR}" if annotator == DETECTOR else f"of {Path(annotations).name}",
-        annotations="" if annotator == DETECTOR else str(Path(annotations).resolve()),
-        fs=signal_fs,
-        leads=leads,
-        samples=samples.tolist(),
-        classified=np.isin(samples, beats[index]).tolist(),
-        not_classified={reason: n for reason, n in {**dropped, "outside the signal": outside}.items() if n},
+        stem.name, str(path.resolve()), fs, title, signal_fs, leads, samples.tolist(), classified, reasons
     )
 
 
-def read_table(path: Path, known: Callable[[str], bool]) -> Table:
-    """Read a .csv file in UTF-8, UTF-16 or Latin-1, without blank lines and empty rows at the end.
+def read_table(path: Path) -> Table:
+    """Read a .csv file in UTF-8, UTF-16 or Latin-1, with names in its first row, without empty rows at its end.
 
-    The first row names the columns; the separator is the one with which most names are `known`. Raises InputError.
+    The separator is the most frequent one of the first line. Raises InputError.
     """
     if path.stat().st_size > MAX_BYTES:
         raise InputError(f"{path}: is larger than {MAX_BYTES / 1e6:.0f} MB; give a shorter table, or a WFDB record")
@@ -158,7 +140,7 @@ def read_table(path: Path, known: Callable[[str], bool]) -> Table:
     except UnicodeDecodeError:
         text = content.decode("latin-1")  # fits any bytes; numbers and separators are the same
     first = next((line for line in io.StringIO(text, newline="") if line.strip()), "")
-    separator = max(",;\t", key=lambda sign: sum(known(cell.strip(' "\r\n')) for cell in first.split(sign)))
+    separator = max(",;\t", key=first.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     try:
         rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
@@ -166,41 +148,35 @@ def read_table(path: Path, known: Callable[[str], bool]) -> Table:
         raise InputError(f"{path}, line {reader.line_num}: {error}; mend its quotation marks") from None
     while rows and not any(rows[-1][1]):
         rows.pop()
-    return rows or [(1, [])]
+    return rows or [(1, [""])]
 
 
 def to_numbers(path: Path, table: Table, columns: Sequence[int], gaps: bool = False) -> np.ndarray:
-    """Return the numbers (rows, columns) in some columns of `table`, read from `path`; gaps: an empty cell is NaN.
-
-    All rows may end in one separator more than the first. Raises InputError.
-    """
+    """Return the numbers (rows, columns) in some columns of a table; gaps: an empty cell is NaN. Raises InputError."""
     (_, names), *rows = table
     if not rows:
         raise InputError(f"{path}: has no rows, only names")
-    width = len(names)
-    if width - 1 in columns and all(len(row) == width + 1 and not row[-1] for _, row in rows):
-        width += 1  # had the rows a further cell in front instead, the last number would be missing in all
     for line, row in rows:
-        if len(row) != width:
+        if len(row) != len(names):
             remedy = "give each value its own column, with a decimal point and no row names"
-            raise InputError(f"{path}, line {line}: {len(row)} values for {width} columns; {remedy}")
+            raise InputError(f"{path}, line {line}: {len(row)} values for {len(names)} columns; {remedy}")
     cells = [row[column] for _, row in rows for column in columns]
-    with_commas = [cell for cell in cells if "," in cell]
-    decimal_commas = not all(map(GROUPED.fullmatch, with_commas)) and not any("." in cell for cell in cells)
-    numbers = np.empty(len(cells))
-    for k, cell in enumerate(cells):
-        text = cell.replace(",", ".") if decimal_commas else cell
-        numbers[k] = float(text) if NUMBER.fullmatch(text) else np.nan
-        if not np.isfinite(numbers[k]) and (cell or not gaps):
-            (line, _), name = rows[k // len(columns)], names[columns[k % len(columns)]]
+    grouped = all(GROUPED.fullmatch(cell) for cell in cells if "," in cell)
+    if not grouped and not any("." in cell for cell in cells):
+        cells = [cell.replace(",", ".") for cell in cells]
+    numbers = np.array([float(cell) if NUMBER.fullmatch(cell) else np.nan for cell in cells])
+    for k in np.flatnonzero(~np.isfinite(numbers)):
+        if cells[k] or not gaps:
+            (line, row), column = rows[k // len(columns)], columns[k % len(columns)]
+            cell, name = row[column], " ".join(names[column].split())
             why = f"{cell[:40]!r} is not a number written with a decimal point" if cell else "there is no value"
-            raise InputError(f"{path}, line {line}, column {' '.join(name.split())}: {why}")
+            raise InputError(f"{path}, line {line}, column {name}: {why}")
     return numbers.reshape(len(rows), len(columns))
 
 
 def read_features(path: Path, features: Sequence[str]) -> np.ndarray:
     """Return raw features (n, len(features)) of a .csv file with one column of each name. Raises InputError."""
-    table = read_table(path, features.__contains__)
+    table = read_table(path)
     names = table[0][1]
     for feature in features:
         if (count := names.count(feature)) != 1:
@@ -208,26 +184,13 @@ def read_features(path: Path, features: Sequence[str]) -> np.ndarray:
     return to_numbers(path, table, [names.index(feature) for feature in features])
 
 
-def name_and_unit(column: str) -> tuple[str, str]:
-    """Return lead and unit in a column's name, as "MLII (uV)" or "V1 [mV]"; a lead without unit is in mV."""
-    if found := UNIT.fullmatch(column):
-        return found[1], found[2]
-    return column, "mV" if ecg.lead_name(column) in ecg.LEADS else "no unit"
-
-
 def read_leads(path: Path, fs: float) -> tuple[np.ndarray, float, list[str]]:
-    """Return two leads of a .csv file in mV, (samples, 2) with NaN for empty cells, fs (Hz), and their names.
+    """Return what ecg.two_leads returns of a .csv file: an empty cell is missing signal, a lead without unit is in mV.
 
     Raises InputError or ecg.Unsuited.
     """
-    ecg.check_rate(fs)
-    table = read_table(path, lambda column: bool(ecg.ecg_signals(*zip(name_and_unit(column)))))
-    names, units = zip(*map(name_and_unit, table[0][1] or [""]))
-    leads = ecg.ecg_signals(names, units)
-    if len(leads) < 2:
-        how = 'name them in the first line, such as "MLII (mV)"'
-        raise InputError(f"{path}: {len(leads)} columns are ECG leads and two are needed; {how}")
-    chosen = [leads[k] for k in ecg.choose_leads([names[column] for column in leads])]
-    signal = to_numbers(path, table, chosen, gaps=True) * [ecg.MILLIVOLTS[units[column].lower()] for column in chosen]
-    signal, leads = ecg.upright_first(signal, [names[column] for column in chosen])
-    return signal, fs, leads
+    table = read_table(path)
+    names, units = zip(*(COLUMN.fullmatch(column).groups() for column in table[0][1]))
+    units = [u or ("mV" if ecg.lead_name(name) in ecg.LEADS else "no unit") for name, u in zip(names, units)]
+    signals = names, units, [1] * len(names), fs, lambda leads: to_numbers(path, table, leads, gaps=True).T
+    return ecg.two_leads(signals)

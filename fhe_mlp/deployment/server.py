@@ -7,8 +7,6 @@ beside the output, which is deleted at the end: after an interruption, the same 
 One process a core computes, or, with --scheduler, the workers of a Dask cluster.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
@@ -29,6 +27,8 @@ from fhe_mlp.workers import LOST, open_workers
 
 HERE = Path(__file__).resolve().parent
 PROGRESS_S = 60.0  # between two states of the progress bar in a log
+OPEN_PART = """PRAGMA locking_mode = EXCLUSIVE;  -- until this process ends, however it does
+    BEGIN EXCLUSIVE; CREATE TABLE IF NOT EXISTS answers (payload INTEGER PRIMARY KEY, answer BLOB); COMMIT"""
 Network = tuple[str, bytes, bytes]  # what a worker receives once: name of the scheme, server's part, evaluation keys
 
 
@@ -50,29 +50,6 @@ def answer(network: Network, first: int, beats: bytes) -> bytes:
         raise InputError(f"{what} ({first_line(error)}); have both sent again") from None
 
 
-def open_part(path: Path) -> sqlite3.Connection:
-    """Return the database of computed answers, for this process alone; a damaged one is begun anew.
-
-    Raises InputError when another process has it.
-    """
-    existed, database = path.exists(), sqlite3.connect(path, timeout=0, isolation_level=None)
-    try:
-        database.execute("PRAGMA locking_mode = EXCLUSIVE")  # until this process ends, however it does
-        database.execute("BEGIN EXCLUSIVE")
-        database.execute("CREATE TABLE IF NOT EXISTS answers (payload INTEGER PRIMARY KEY, answer BLOB)")
-        database.execute("COMMIT")
-        database.execute("SELECT count(payload) FROM answers")
-        return database
-    except (sqlite3.Error, UnicodeError) as error:
-        database.close()
-        if "locked" in str(error):
-            raise InputError(f"{path}: another process is computing these beats") from None
-        if not existed:
-            raise
-        path.unlink()
-        return open_part(path)
-
-
 def compute(network: Network, beats: exchange.Archive, part: sqlite3.Connection, args: argparse.Namespace) -> None:
     """Compute the answers that are not in `part` and store them there. Raises InputError."""
     from fhe_mlp.deployment.server import answer  # under a name by which workers can import it
@@ -82,15 +59,13 @@ def compute(network: Network, beats: exchange.Archive, part: sqlite3.Connection,
     done = sum(len(beats.spans[payload]) for payload in finished)
     if finished:
         print(f"{done} of {beats.header.count} beats are computed already", flush=True)
-    if not missing:
-        return
     with tempfile.TemporaryDirectory() as folder:
         package = Path(shutil.make_archive(f"{folder}/package", "zip", HERE, "fhe_mlp")).read_bytes()
     versions = scheme_module(network[0]).Server.versions
     jobs = ((beats.spans[payload].start, beats.payload(payload)) for payload in missing)
     pause = 0.1 if sys.stderr.isatty() else PROGRESS_S
     with (
-        open_workers(network, min(args.processes, len(missing)), args.scheduler, versions, package) as workers,
+        open_workers(network, min(args.processes, len(missing) or 1), args.scheduler, versions, package) as workers,
         tqdm(total=beats.header.count, initial=done, unit=" beats", mininterval=pause, delay=pause) as progress,
     ):
         for job, content in workers.map(answer, jobs):
@@ -109,19 +84,22 @@ def classify(args: argparse.Namespace) -> None:
     check = scheme_module(model["scheme"]).Server(content).check
     beats = exchange.Archive(args.beats, BEATS, model, check)
     keys = exchange.Archive(args.evaluation_keys, KEYS, model, check)
-    remedy = "beats and evaluation keys must come from the same keys"
-    exchange.check_same("key", args.evaluation_keys, keys.header.key, beats.header.key, remedy)
+    if keys.header.key != beats.header.key:
+        raise InputError(f"{args.evaluation_keys}: beats and evaluation keys must come from the same keys")
     network = model["scheme"], content, keys.payload()
     check_writable(args.output.absolute().parent)
     path = args.output.with_name(f"{args.output.name}.{sha256(args.beats)[:16]}.part")
     try:
-        with contextlib.closing(open_part(path)) as part:
+        with contextlib.closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as part:
+            part.executescript(OPEN_PART)
             compute(network, beats, part, args)
             answers = (content for (content,) in part.execute("SELECT answer FROM answers ORDER BY payload"))
             exchange.write_archive(args.output, dataclasses.replace(beats.header, kind=ANSWERS), answers)
             path.unlink()
     except sqlite3.Error as error:
-        raise InputError(f"{path}: {first_line(error)}; free space, or delete it to begin anew") from None
+        locked = "locked" in str(error)
+        why = "another process is computing these beats" if locked else "free space, or delete it to begin anew"
+        raise InputError(f"{path}: {first_line(error)}; {why}") from None
 
 
 def main() -> None:

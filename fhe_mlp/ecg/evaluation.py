@@ -15,6 +15,7 @@ DRAWS = 2000  # of the bootstrap
 GROUPS = 50  # of beats, in place of patients where these are unknown
 SEED = 0  # of the bootstrap: the same decisions have the same interval
 FIGURES = ("balanced_accuracy", "sensitivity", "specificity", "positive_predictive_value")
+COUNTS = ["tp", "fn", "fp", "tn"]  # abnormal beats that are found and missed, normal ones called abnormal and normal
 THRESHOLDS = np.arange(5, 96) / 100  # probabilities that are tried
 LEVEL = 0.05  # chance of leaving the usual threshold where no other is better
 
@@ -29,9 +30,8 @@ def rates(tp: Any, fn: Any, fp: Any, tn: Any) -> dict[str, Any]:
 
 def balanced_accuracy(decision: np.ndarray, y: np.ndarray) -> float:
     """Mean of the shares of normal and of abnormal beats that are decided rightly; decision, y: (n,), true or 1."""
-    right, abnormal = decision == y, y == 1
-    counts = [np.sum(mask) for mask in (right & abnormal, ~right & abnormal, ~right & ~abnormal, right & ~abnormal)]
-    return float(rates(*counts)["balanced_accuracy"])
+    right = decision == y
+    return float((np.mean(right[y == 1]) + np.mean(right[y == 0])) / 2)
 
 
 def by_record(y: np.ndarray, decision: np.ndarray, beats: pd.DataFrame) -> pd.DataFrame:
@@ -44,7 +44,7 @@ def by_record(y: np.ndarray, decision: np.ndarray, beats: pd.DataFrame) -> pd.Da
     counts |= {"tp": (y == 1) & ~wrong, "fn": (y == 1) & wrong, "fp": (y == 0) & wrong, "tn": (y == 0) & ~wrong}
     table = pd.DataFrame(counts, index=pd.Index(beats["record"], name="record")).astype(int)
     table = table.groupby("record").sum()
-    return table.assign(**rates(*(table[kind] for kind in ("tp", "fn", "fp", "tn"))))
+    return table.assign(**rates(*(table[kind] for kind in COUNTS)))
 
 
 def draws(count: int) -> np.ndarray:
@@ -52,33 +52,25 @@ def draws(count: int) -> np.ndarray:
     return np.random.default_rng(SEED).multinomial(count, np.full(count, 1 / count), DRAWS)
 
 
-def intervals(table: pd.DataFrame) -> dict[str, list[float] | None]:
-    """95 % interval [low, high] of each gross figure of by_record's table: percentiles over drawn records.
-
-    None for a figure where there are fewer than two records.
-    """
-    if len(table) < 2:
-        return dict.fromkeys(FIGURES)
-    drawn = rates(*(draws(len(table)) @ table[kind].to_numpy() for kind in ("tp", "fn", "fp", "tn")))
-    return {name: np.nanpercentile(values, [2.5, 97.5]).tolist() for name, values in drawn.items()}
-
-
 def figures(y: np.ndarray, decision: np.ndarray, beats: pd.DataFrame | None) -> dict[str, Any]:
-    """Accuracy, FIGURES gross with intervals and average over records, counts, and the share found of each class.
+    """Accuracy, FIGURES gross and average over records, counts, and the share found of each class.
 
-    y, decision: labels and decisions (n,) of 0 and 1; beats: columns record and aami of the same beats, None where
-    unknown. Figures of a record without the beats they count are left out of the average.
+    interval95, of two or more records, has the 95 % interval [low, high] of each gross figure: percentiles over drawn
+    records. Figures of a record without the beats they count are left out of the average. y, decision: labels and
+    decisions (n,) of 0 and 1; beats: columns record and aami of the same beats, None where unknown.
     """
     named = pd.DataFrame({"record": "all", "aami": "?"}, index=range(len(y))) if beats is None else beats
     table = by_record(y, decision, named)
-    counts = {kind: int(table[kind].sum()) for kind in ("tp", "fn", "fp", "tn")}
+    counts = {kind: int(table[kind].sum()) for kind in COUNTS}
     result: dict[str, Any] = {"beats": len(y), "accuracy": float(np.mean(decision == y))}
     result |= {name: float(value) for name, value in rates(*counts.values()).items()}
     result |= {"f1": 2 * counts["tp"] / max(1, 2 * counts["tp"] + counts["fn"] + counts["fp"]), "counts": counts}
     if beats is not None:
         aami = beats["aami"].to_numpy()
         result["found"] = {c: float(decision[aami == c].mean()) for c in "SVFQ" if (aami == c).any()}
-        result["interval95"] = intervals(table)
+        if len(table) > 1:
+            drawn = rates(*(draws(len(table)) @ table[COUNTS].to_numpy()).T)
+            result["interval95"] = {f: np.nanpercentile(values, [2.5, 97.5]).tolist() for f, values in drawn.items()}
         result["average"] = {name: float(table[name].mean()) for name in FIGURES}
     return result
 
@@ -86,7 +78,7 @@ def figures(y: np.ndarray, decision: np.ndarray, beats: pd.DataFrame | None) -> 
 def columns(result: dict[str, Any]) -> dict[str, float]:
     """Return columns of tables from `figures`: FIGURES, the interval of the first, the share found of each class."""
     shown = {name: result[name] for name in FIGURES}
-    if (result.get("interval95") or {}).get(FIGURES[0]):
+    if "interval95" in result:
         shown |= dict(zip((f"{FIGURES[0]}_low95", f"{FIGURES[0]}_high95"), result["interval95"][FIGURES[0]]))
     return shown | {f"found_{c}": share for c, share in result.get("found", {}).items()}
 
@@ -102,12 +94,10 @@ def choose_threshold(probability: np.ndarray, y: np.ndarray, patients: np.ndarra
     """
     if len(set(patients)) == 1:
         patients = np.arange(len(y)) % GROUPS
-    names, owner = np.unique(patients, return_inverse=True)
+    owned = (np.unique(patients)[:, None] == patients).astype(float)  # (patients, n)
     above = probability[:, None] > THRESHOLDS
-    tp, fp = (np.zeros((len(names), len(THRESHOLDS))) for _ in range(2))
-    np.add.at(tp, owner[y == 1], above[y == 1])
-    np.add.at(fp, owner[y == 0], above[y == 0])
-    positives, negatives = (np.bincount(owner[y == label], minlength=len(names))[:, None] for label in (1, 0))
+    tp, fp = (owned[:, y == label] @ above[y == label] for label in (1, 0))
+    positives, negatives = (owned[:, y == label].sum(axis=1, keepdims=True) for label in (1, 0))
 
     def gains(times: np.ndarray) -> np.ndarray:
         """Gain (samples, thresholds) over the usual threshold; times: (samples, patients)."""
@@ -115,8 +105,8 @@ def choose_threshold(probability: np.ndarray, y: np.ndarray, patients: np.ndarra
         accuracy = rates(times @ tp, fn, times @ fp, tn)["balanced_accuracy"]
         return accuracy - accuracy[:, [np.argmin(np.abs(THRESHOLDS - usual))]]
 
-    gain = gains(np.ones((1, len(names))))[0]
-    drawn = gains(draws(len(names)))
+    gain = gains(np.ones((1, len(owned))))[0]
+    drawn = gains(draws(len(owned)))
     error = np.maximum(np.nanstd(drawn, axis=0), 1e-9)  # where all patients gain alike, only rounding is left
     by_chance = np.nanquantile(((drawn - gain) / error).max(axis=1), 1 - LEVEL)
     best = np.argmax(gain)

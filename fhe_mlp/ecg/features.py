@@ -1,6 +1,5 @@
-"""Two leads and the beats of one record to 32 features of each beat; numpy and scipy only.
+"""Two leads and the beats of one record to 32 features of each beat, which depend on no label and no file format.
 
-Nothing here depends on labels or on a file format: features come from the signal and the positions of the beats.
 beat_features are relative to the same recording, so that they carry over between patients; published_features are the
 raw values of the published arrays.
 
@@ -18,7 +17,7 @@ import numpy as np
 from scipy.ndimage import median_filter
 from scipy.signal import butter, sosfiltfilt
 
-from fhe_mlp.ecg.beats import Window, rr_known, usable_beats
+from fhe_mlp.ecg.beats import Unsuited, Window, rr_known, usable_beats
 
 BAND_HZ = (0.5, 40.0)  # baseline wander below, muscle and mains noise above
 MIN_FS_HZ = 100.0  # the band's upper edge needs more than 80 Hz
@@ -126,10 +125,10 @@ def band_pass(x: np.ndarray, band: tuple[float, float], fs: float) -> np.ndarray
 
 
 def stack(columns: Sequence[np.ndarray]) -> np.ndarray:
-    """Columns (m,) as float32 (m, columns). Raises ValueError for what is too large."""
+    """Return columns (m,) as float32 (m, columns). Raises Unsuited for what is too large."""
     X = np.column_stack(columns).astype(np.float32)
     if not np.isfinite(X).all():
-        raise ValueError("has amplitudes that are no voltages")
+        raise Unsuited("has amplitudes that are no voltages")
     return X
 
 
@@ -137,16 +136,15 @@ def stack(columns: Sequence[np.ndarray]) -> np.ndarray:
 def rhythm_features(
     previous: np.ndarray, before: np.ndarray, after: np.ndarray, corr: np.ndarray, like: np.ndarray
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Features of the rhythm by name, and which beats are "late": of the dominant shape after a long interval.
+    """Return features of the rhythm by name, and which beats are "late": of the dominant shape after a long interval.
 
     previous, before, after: the RR intervals (m,) in seconds that end one beat earlier, end at, and begin at each beat,
-    NaN where unknown; corr: correlation with the dominant shape; like: beats of that shape.
-    Intervals over PAUSE_S enter no statistic and count as PAUSE_S; unknown ones are the local median.
-    Raises ValueError where no interval is known.
+    NaN where unknown; corr: correlation with the dominant shape; like: beats of that shape. Intervals over PAUSE_S
+    enter no statistic and count as PAUSE_S; unknown ones are the local median. Raises Unsuited where all are unknown.
     """
     known = before <= PAUSE_S
     if not known.any():
-        raise ValueError("has no RR interval between its usable beats")
+        raise Unsuited("has no RR interval between its usable beats")
     nearest = np.searchsorted(np.flatnonzero(known), np.arange(len(before))).clip(max=known.sum() - 1)
 
     def local(values: np.ndarray) -> np.ndarray:
@@ -156,11 +154,8 @@ def rhythm_features(
     rhythm = local(before)
     previous, pre, post = (np.where(np.isnan(rr), rhythm, np.minimum(rr, PAUSE_S)) for rr in (previous, before, after))
     normal = corr > NORMAL_CORR if (corr > NORMAL_CORR).mean() > LIKE_SHARE[0] else like
-    nn = known & normal & np.roll(normal, 1)
-    nn[0] = False
-    if not nn.any():
-        nn = known
-    nn_rr = np.sort(pre[nn])
+    nn = known & normal & np.append(False, normal[:-1])
+    nn_rr = np.sort(pre[nn if nn.any() else known])
     n50, n80, n90 = np.quantile(nn_rr, [0.5, 0.8, 0.9])
     late = like & known & (pre >= n80)
     if not late.any():
@@ -191,20 +186,13 @@ def dominant_shape(rows: np.ndarray) -> np.ndarray:
 
 
 def log_rms(rows: np.ndarray) -> np.ndarray:
-    """ln of the root mean square of each row, at least FLOOR."""
+    """ln of the root mean square of each row, to which FLOOR is added."""
     return np.log(np.sqrt(np.mean(rows**2, axis=1)) + FLOOR)
 
 
 def centred(rows: np.ndarray) -> np.ndarray:
     """Rows (n, width) without their mean."""
     return rows - rows.mean(axis=1, keepdims=True)
-
-
-def straightened(rows: np.ndarray) -> np.ndarray:
-    """Rows (n, width) without their mean and slope, that is, without the tail of the T wave before."""
-    ramp = np.linspace(-1, 1, rows.shape[1], dtype=rows.dtype)
-    rows = centred(rows)
-    return rows - np.outer(rows @ ramp, ramp / (ramp @ ramp))
 
 
 def with_previous(rows: np.ndarray) -> np.ndarray:
@@ -244,22 +232,19 @@ def lead_features(
 def beat_features(
     signal: np.ndarray, fs: float, beats: np.ndarray, breaks: Any = (), only: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """The features of FEATURES of a record's usable beats.
+    """Return FEATURES (m, 32) float32 by time, the indices (m,) in `beats` of these beats, and the dropped by reason.
 
     signal: two leads in the order of records.choose_leads, (samples, 2), in any unit of voltage (amplitudes are
     relative), NaN where missing; fs in Hz; beats: samples of the R peaks (n,), whole numbers in any order; breaks:
     (start, end) samples of episodes without beats, start < end, which may be infinite; only: indices in `beats` of
-    those that have features, as if the record had no others (in medians, templates and comparisons with the beat
-    before); RR intervals stay those of all beats. None: all.
-    Returns features (m, 32) float32 in the order of time, the indices (m,) in `beats` of the usable ones, and the
-    dropped ones counted by reason. Raises ValueError when the record cannot be used at all.
+    those that have features, as if the record had no others but in RR intervals; None: all. Raises Unsuited when the
+    record cannot be used at all.
     """
     filled, order, index, dropped = usable_beats(signal, fs, beats, breaks, (PR_S[0], T_S[1]))
-    if only is not None:
-        index = index[np.isin(order[index], only)]
-        if not len(index):
-            raise ValueError("has no usable beat among those asked for")
-    beats = np.asarray(beats, dtype=np.int64)[order]
+    index = index if only is None else index[np.isin(order[index], only)]
+    if not len(index):
+        raise Unsuited("has no usable beat among those asked for")
+    beats = beats[order]
     rr = np.where(rr_known(signal, fs, beats, breaks), np.diff(beats) / fs, np.nan)
     at = beats[index]
     leads = [band_pass(x, BAND_HZ, fs).astype(np.float32) for x in filled.T]
@@ -276,12 +261,14 @@ def beat_features(
     f["corr_next"] = np.concatenate([f["corr_previous"][1:], [1.0]])
     for channel, x in enumerate(leads):
         f |= {f"ch{channel}_{name}": column for name, column in lead_features(x, at, like, late, fs).items()}
-    pr = [cut(x, at, PR_S, fs) for x in leads]
-    f["PR_corr_previous"] = with_previous(np.hstack([straightened(x) for x in pr]))
-    pr = np.hstack([centred(x) for x in pr])
+    pr = [centred(cut(x, at, PR_S, fs)) for x in leads]
+    ramp = np.linspace(-1, 1, pr[0].shape[1], dtype=np.float32)  # the tail of the T wave before
+    straightened = [rows - np.outer(rows @ ramp, ramp / (ramp @ ramp)) for rows in pr]
+    f["PR_corr_previous"] = with_previous(np.hstack(straightened))
+    pr = np.hstack(pr)
     template = np.median(pr[late], axis=0)
-    pr_corr, residual = correlation(pr, template), log_rms(pr - template)
-    f |= {"PR_corr": pr_corr - np.median(pr_corr[late]), "PR_residual": residual - np.median(residual[late])}
+    for name, values in (("PR_corr", correlation(pr, template)), ("PR_residual", log_rms(pr - template))):
+        f[name] = values - np.median(values[late])
     return stack([f[feature["name"]] for feature in FEATURES]), order[index], dropped
 
 
@@ -289,14 +276,10 @@ def beat_features(
 def published_features(
     signal: np.ndarray, fs: float, beats: np.ndarray, breaks: Any = ()
 ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """The features of PUBLISHED, raw values of a signal in mV; arguments, result and errors as beat_features.
-
-    The RR intervals are those of the annotations, whatever lies in them, as in the published arrays.
-    """
+    """Return PUBLISHED of a signal in mV, as beat_features; RR intervals are the annotations' whatever lies in them."""
     window = (min(P_WINDOW[0], R_WINDOW[0] + Q_WINDOW[0]), T_WINDOW[1])
     filled, order, index, dropped = usable_beats(signal, fs, beats, breaks, window)
-    beats = np.asarray(beats, dtype=np.int64)[order]
-    at, rr = beats[index], np.diff(beats) / fs
+    at, rr = beats[order[index]], np.diff(beats[order]) / fs
     columns = []
     for x in band_pass(filled, BAND_HZ, fs).T:
         r = find_extremum(x, at, R_WINDOW, fs, np.argmax)

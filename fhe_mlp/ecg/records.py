@@ -1,4 +1,4 @@
-"""Records, WFDB or EDF, from many programs: two leads, annotations, the beats and the breaks among these.
+"""Records, WFDB or EDF, from many programs: their two leads and annotations.
 
 Every file is checked before it is read: a header that claims too much would fill the memory.
 """
@@ -6,27 +6,21 @@ Every file is checked before it is read: a header that claims too much would fil
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from fhe_mlp.ecg.beats import Unsuited
 from fhe_mlp.ecg.features import MIN_FS_HZ
-
-# WFDB's beat annotations (archive.physionet.org/physiobank/annotations.shtml) in the classes that WFDB's own evaluation
-# by ANSI/AAMI EC57 gives them (bxb.c): escape beats e, j, n are N, r is V, ? (learning) is Q. wfdb's table is_qrs also
-# counts flutter waves (!), which are no beats in either.
-AAMI_CLASSES = {"N": "NLRBejn", "S": "AaJS", "V": "VEr", "F": "F", "Q": "/fQ?"}
-CLASS_OF_SYMBOL = {symbol: name for name, symbols in AAMI_CLASSES.items() for symbol in symbols}
 
 # From the lead most like MLII (upright QRS) to the one most like V1; leads of other names stand between them.
 LEADS = "II V5 V6 V4 I AVF III AVL ? V3 AVR V2 V1".split()
 EXPECTED_LEADS = {"ch0": ["MLII"], "ch1": ["V1", "V2", "V4", "V5"]}  # of MIT-BIH, but for its records 102 and 104
 
 MILLIVOLTS = {"nv": 1e-6, "uv": 1e-3, "µv": 1e-3, "mv": 1.0, "v": 1e3}  # of the units of voltage that a lead may have
-OUTSIDE_BEATS, OUTSIDE_SHARE = 3, 0.01  # most beats that may lie outside the signal, whichever is more
 HEADER_BYTES = 1_000_000  # no header is longer
 SAMPLES_PER_BYTE, SPARE_SAMPLES = 16, 10_000_000  # that a header may claim: of compressed files; of gaps in segments
 
@@ -34,9 +28,8 @@ SAMPLES_PER_BYTE, SPARE_SAMPLES = 16, 10_000_000  # that a header may claim: of 
 RESOLUTION = re.compile(rb"[\x15-\xff]\xfc## time resolution: \d")
 DEFINITIONS = re.compile(rb"\x1e\xfc## annotation type definitions.*?\x15\xfc## end of definitions", re.DOTALL)
 
-
-class Unsuited(Exception):
-    """The record can be read but not used; the message follows "it"."""
+# Names, units and samples a frame of all signals, frames a second, and what loads the signals at some positions.
+Signals = tuple[list[str], list[str], list[int], float, Callable[[list[int]], list[np.ndarray]]]
 
 
 def lead_name(text: str | None) -> str:
@@ -83,47 +76,8 @@ def ecg_signals(names: Sequence[str], units: Sequence[str]) -> list[int]:
     return [k for k, name in enumerate(names) if voltages[k] and not other & set(re.findall("[a-z]+", name.lower()))]
 
 
-def choose_signals(names: Sequence[str], units: Sequence[str]) -> list[int]:
-    """Positions of the two leads in choose_leads' order. Raises Unsuited for fewer ECG signals."""
-    ecg = ecg_signals(names, units)
-    if len(ecg) < 2:
-        listed = ", ".join(f"{name or 'unnamed'} in {unit or 'no unit'}" for name, unit in zip(names, units))
-        raise Unsuited(f"has {len(ecg)} ECG signals ({listed}); two are needed")
-    return [ecg[k] for k in choose_leads([names[k] for k in ecg])]
-
-
-def upright_first(leads: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """Leads (samples, 2) and their names; of two with the same name, the one with more upright QRS complexes first."""
-    from scipy.stats import skew
-
-    if lead_name(names[0]) == lead_name(names[1]):
-        upright = [skew(x, nan_policy="omit") for x in leads.T]
-        if upright[0] < upright[1]:
-            return leads[:, ::-1], list(names[::-1])
-    return leads, list(names)
-
-
-def join_leads(
-    signals: Sequence[np.ndarray], per_frame: Sequence[int], hz: float, names: Sequence[str], units: Sequence[str]
-) -> tuple[np.ndarray, float, list[str]]:
-    """Two signals of so many samples in each of `hz` frames a second as read_signal returns them. Raises Unsuited."""
-    times = np.gcd(*per_frame)
-    fs = check_rate(hz * int(times))
-    scales = [MILLIVOLTS[unit.lower()] for unit in units]
-    leads = [s * x.reshape(-1, k // times).mean(axis=1) for x, k, s in zip(signals, per_frame, scales)]
-    leads, names = upright_first(np.column_stack(leads), names)
-    return leads, fs, names
-
-
-def check_rate(fs: float) -> float:
-    """fs (Hz). Raises Unsuited when it is too low."""
-    if not MIN_FS_HZ <= fs < np.inf:
-        raise Unsuited(f"is sampled at {fs} Hz; at least {MIN_FS_HZ:.0f} Hz are needed")
-    return fs
-
-
-def read_edf(path: str) -> tuple[np.ndarray, float, list[str]]:
-    """The two leads of an EDF or EDF+ file, as read_signal. Raises ValueError for a damaged file (edfplus.info)."""
+def read_edf(path: str) -> Signals:
+    """Read the header of an EDF or EDF+ file (edfplus.info). Raises ValueError for a damaged file."""
     size = Path(path).stat().st_size
     with Path(path).open("rb") as file:
         start = file.read(256)
@@ -140,35 +94,30 @@ def read_edf(path: str) -> tuple[np.ndarray, float, list[str]]:
         text = fields[offset * count : (offset + width) * count].decode("latin-1")
         return ["".join(filter(str.isprintable, text[k : k + width])).strip() for k in range(0, len(text), width)]
 
-    names, units, per_frame = column(0, 16), column(96, 8), [int(n) for n in column(216, 8)]
+    per_frame, data = [int(n) for n in column(216, 8)], 256 * (count + 1)
     frames, seconds, width = int(start[236:244]), float(start[244:252]), sum(per_frame)
     if min(per_frame) < 1 or not 0 < seconds < np.inf:
         raise ValueError("has a header without a sampling rate")
-    data = 256 * (count + 1)
-    frames = (size - data) // (2 * width) if frames == -1 else frames
-    if not 0 < frames <= (size - data) // (2 * width):
+    held = (size - data) // (2 * width)
+    frames = held if frames == -1 else frames
+    if not 0 < frames <= held:
         raise ValueError("holds fewer samples than its header says")
-    samples = np.memmap(path, "<i2", "r", data, (frames, width))
-    chosen = choose_signals(names, units)
-    signals = []
-    for k in chosen:
-        low, high, least, most = (float(column(offset, 8)[k]) for offset in (104, 112, 120, 128))
-        if not (np.isfinite(high - low) and most > least):
-            raise ValueError("has a header without a scale")
-        first = sum(per_frame[:k])
-        signals.append((samples[:, first : first + per_frame[k]].ravel() - least) * (high - low) / (most - least) + low)
-    per_frame, names, units = ([table[k] for k in chosen] for table in (per_frame, names, units))
-    return join_leads(signals, per_frame, 1 / seconds, names, units)
+
+    def load(chosen: list[int]) -> list[np.ndarray]:
+        samples, signals = np.memmap(path, "<i2", "r", data, (frames, width)), []
+        for k in chosen:
+            low, high, least, most = (float(column(offset, 8)[k]) for offset in (104, 112, 120, 128))
+            if not (np.isfinite(high - low) and most > least):
+                raise ValueError("has a header without a scale")
+            digital = np.hsplit(samples, np.cumsum(per_frame))[k].ravel()
+            signals.append((digital - least) * (high - low) / (most - least) + low)
+        return signals
+
+    return column(0, 16), column(96, 8), per_frame, 1 / seconds, load
 
 
-def read_signal(path: str) -> tuple[np.ndarray, float, list[str]]:
-    """The two leads of a record in mV, (samples, 2) in choose_leads' order, their sampling rate (Hz) and their names.
-
-    path: of a WFDB record, without ending, or of an .edf file. Leads with several samples a frame come at their own
-    rate; of two rates, at the highest that divides both. Raises Unsuited, or what wfdb raises on a damaged file.
-    """
-    if path.lower().endswith(".edf"):
-        return read_edf(path)
+def read_wfdb(path: str) -> Signals:
+    """Read the header of a WFDB record. Raises what wfdb raises on a damaged file."""
     import wfdb
 
     if Path(f"{path}.hea").stat().st_size > HEADER_BYTES:
@@ -178,20 +127,55 @@ def read_signal(path: str) -> tuple[np.ndarray, float, list[str]]:
     if not header.n_sig:
         raise Unsuited("has no signals")
     check_claims(Path(path).parent, header, segments)
-    names, units = [name or "" for name in segments[0].sig_name], segments[0].units
-    chosen = choose_signals(names, units)
-    with np.errstate(all="ignore"):  # absurd gains of damaged headers end as missing signal
-        record = wfdb.rdrecord(path, channels=chosen, smooth_frames=False)
-    per_frame = [k or 1 for k in record.samps_per_frame]
-    names, units = ([table[k] for k in chosen] for table in (names, units))
-    return join_leads(record.e_p_signal, per_frame, header.fs, names, units)
+
+    def load(chosen: list[int]) -> list[np.ndarray]:
+        with np.errstate(all="ignore"):  # absurd gains of damaged headers end as missing signal
+            return wfdb.rdrecord(path, channels=chosen, smooth_frames=False).e_p_signal
+
+    names, per_frame = [name or "" for name in segments[0].sig_name], [k or 1 for k in segments[0].samps_per_frame]
+    return names, segments[0].units, per_frame, header.fs, load
+
+
+def read_signal(path: str) -> tuple[np.ndarray, float, list[str]]:
+    """Return what two_leads returns of a WFDB record (path without ending) or of an .edf file.
+
+    Raises Unsuited, or what wfdb raises on a damaged file.
+    """
+    return two_leads((read_edf if path.lower().endswith(".edf") else read_wfdb)(path))
+
+
+def two_leads(signals: Signals) -> tuple[np.ndarray, float, list[str]]:
+    """Return two leads in mV, (samples, 2) in choose_leads' order, their sampling rate (Hz) and their names.
+
+    Leads with several samples a frame come at their own rate; of two rates, at the highest that divides both. Of leads
+    with the same name, the one with more upright QRS complexes is first. Raises Unsuited.
+    """
+    from scipy.stats import skew
+
+    names, units, per_frame, hz, load = signals
+    ecg = ecg_signals(names, units)
+    if len(ecg) < 2:
+        listed = ", ".join(f"{name or 'unnamed'} in {unit or 'no unit'}" for name, unit in zip(names, units))
+        raise Unsuited(f"has {len(ecg)} ECG signals ({listed}); two are needed")
+    chosen = [ecg[k] for k in choose_leads([names[k] for k in ecg])]
+    names, units, per_frame = ([table[k] for k in chosen] for table in (names, units, per_frame))
+    times = np.gcd(*per_frame)
+    fs = hz * int(times)
+    if not MIN_FS_HZ <= fs < np.inf:
+        raise Unsuited(f"is sampled at {fs} Hz; at least {MIN_FS_HZ:.0f} Hz are needed")
+    leads = [x.reshape(-1, k // times).mean(axis=1) for x, k in zip(load(chosen), per_frame)]
+    leads = np.column_stack(leads) * [MILLIVOLTS[unit.lower()] for unit in units]
+    if lead_name(names[0]) == lead_name(names[1]):
+        upright = [skew(x, nan_policy="omit") for x in leads.T]
+        if upright[0] < upright[1]:
+            return leads[:, ::-1], fs, names[::-1]
+    return leads, fs, names
 
 
 def read_annotations(path: str, fs: float, annotator: str = "atr") -> tuple[pd.DataFrame, int]:
-    """Time (in samples at fs Hz), symbol and subtype of each annotation, by time; and how many were out of order.
+    """Return time (samples at fs Hz), symbol and subtype of each annotation, by time, and how many were out of order.
 
-    annotator: the ending of the file of annotations. Its clock is the time resolution it states, else the
-    header's frames a second; wfdb knows which.
+    annotator: the ending of the file. Its clock is the time resolution it states, else the header's frames a second.
     """
     import wfdb
 
@@ -207,36 +191,3 @@ def read_annotations(path: str, fs: float, annotator: str = "atr") -> tuple[pd.D
     time = np.rint(annotation.sample * float(fs) / annotation.fs)
     table = pd.DataFrame({"time": time, "symbol": annotation.symbol, "subtype": annotation.subtype})
     return table.sort_values("time", kind="stable", ignore_index=True), int((np.diff(time) < 0).sum())
-
-
-def find_breaks(annotations: pd.DataFrame) -> list[tuple[float, float]]:
-    """(start, end) samples of flutter or fibrillation ([ to ], and each flutter wave !) and of unreadable signals.
-
-    ~ with subtype -1 says that no signal is readable from there to the next ~. What is not closed lasts to the end.
-    """
-    breaks, episode, unreadable = [], None, None
-    for at, symbol, subtype in annotations[annotations["symbol"].isin(list("[]!~"))].itertuples(index=False):
-        if symbol == "!":
-            breaks.append((at - 1, at + 1))
-        elif symbol == "[":
-            episode = at if episode is None else episode
-        elif symbol == "]":
-            breaks.append((at - 1 if episode is None else episode, at))
-            episode = None
-        else:
-            breaks += [] if unreadable is None else [(unreadable, at)]
-            unreadable = at if subtype == -1 else None
-    return breaks + [(start, np.inf) for start in (episode, unreadable) if start is not None]
-
-
-def find_beats(annotations: pd.DataFrame, samples: int) -> tuple[pd.DataFrame, int]:
-    """The beats among the annotations that lie in a signal of so many samples, and how many lie outside.
-
-    Raises Unsuited where more than a few do.
-    """
-    beats = annotations[annotations["symbol"].isin(list(CLASS_OF_SYMBOL))]
-    outside = ~beats["time"].between(0, samples - 1)
-    if outside.sum() > max(OUTSIDE_BEATS, OUTSIDE_SHARE * len(beats)):
-        what = f"{outside.sum()} of {len(beats)} beats outside its signal"
-        raise Unsuited(f"has {what}; its header, signal or annotation file is damaged")
-    return beats[~outside], int(outside.sum())

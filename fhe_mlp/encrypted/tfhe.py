@@ -2,18 +2,17 @@
 
 The circuit has two functions that share their keys: `beat` computes one beat, `beats` as many as a payload holds, which
 is filled up with zeros. Concrete converts the bootstrapping key anew at each call, which takes as long as a beat of a
-few neurons, so that many beats in one call take half the time of as many calls. The two parts are Concrete's client.zip
-and its server.zip, the latter for processors of this kind.
+few neurons, so that many beats in one call take half the time of as many calls. The two parts are Concrete's
+specification of the client and its server.zip, the latter for processors of this kind.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
-import platform
 import struct
+import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fhe_mlp.encrypted import ANSWERS, BEATS, BEATS_PER_CALL, KEYS
+from fhe_mlp.encrypted import BEATS, BEATS_PER_CALL, KEYS
 from fhe_mlp.scaling import logits_of_sums, quantize
 
 if TYPE_CHECKING:
@@ -58,10 +57,8 @@ class Scheme:
 
         inputs = {"beat": list(self.rows), "beats": self._batches(beats)}
         options = {"compress_input_ciphertexts": True, "compress_evaluation_keys": True}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Concrete's own use of deprecated NumPy calls
-            self.circuit = Circuit.compile(inputs, fhe.Configuration(p_error=network.p_error, **options))
-        self.key_parameters = json.dumps(json.loads(self.circuit.client.specs.serialize())["keyset"], sort_keys=True)
+        self.circuit = Circuit.compile(inputs, fhe.Configuration(p_error=network.p_error, **options))
+        self.key_parameters = json.dumps(json.loads(self.client_part())["keyset"], sort_keys=True)
 
     @staticmethod
     def accepts(network: QuantizedNetwork) -> bool:
@@ -69,39 +66,28 @@ class Scheme:
 
     def _batches(self, beats: int) -> list[np.ndarray]:
         """Return the rows in batches of `beats`, repeated where they do not fill the last one."""
-        batches = -(-len(self.rows) // beats)
-        return list(np.resize(self.rows, (batches * beats, self.rows.shape[1])).reshape(batches, beats, -1))
+        return list(np.resize(self.rows, (-(-len(self.rows) // beats), beats, self.rows.shape[1])))
 
     def cost(self) -> dict[str, Any]:
-        network, circuit = self.network, self.circuit
-        return {
-            "pbs": circuit.beat.programmable_bootstrap_count,
-            "complexity": circuit.complexity / (1 + self.beats),
-            "rounding_bits": network.rounding_bits,
-            "p_error": network.p_error,
-            "p_any_pbs_off": 1 - (1 - network.p_error) ** network.neurons,
-            "widest_integer_bits": circuit.beat.graph.maximum_integer_bit_width(),
-            "evaluation_keys_MB": (circuit.size_of_bootstrap_keys + circuit.size_of_keyswitch_keys) / 1e6,
-            "security_bits": int(circuit.configuration.security_level),
-            "secret_keys_kB": circuit.size_of_secret_keys / 1e3,
-        }
+        cost = circuit_cost(self.circuit, self.circuit.beat, self.network.rounding_bits, self.network.p_error)
+        return {**cost, "complexity": self.circuit.complexity / (1 + self.beats)}
 
     def simulate(self, X: np.ndarray) -> np.ndarray:
         from concrete import fhe
 
         options = fhe.Configuration(p_error=self.network.p_error, fhe_execution=False, fhe_simulation=True)
-        compiler = fhe.Compiler(self.function, {"x": "encrypted"})
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            circuit = compiler.compile(self._batches(len(X)), options)
+        circuit = fhe.Compiler(self.function, {"x": "encrypted"}).compile(self._batches(len(X)), options)
         x = quantize(X, self.network.input_bits, self.network.input_step)
         return logits_of_sums(self.numbers, *circuit.simulate(x))
 
     def client_part(self) -> bytes:
-        return saved(self.circuit.client.save)
+        return self.circuit.client.specs.serialize()
 
     def server_part(self) -> bytes:
-        return saved(self.circuit.server.save)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "server.zip"
+            self.circuit.server.save(path)
+            return path.read_bytes()
 
     def client(self) -> Client:
         return Client(self.numbers, self.client_part())
@@ -116,7 +102,7 @@ class Client:
     def __init__(self, numbers: Mapping[str, Any], content: bytes) -> None:
         from concrete import fhe
 
-        self.numbers, self.client = numbers, loaded(fhe.Client.load, content)
+        self.numbers, self.client = numbers, fhe.Client(fhe.ClientSpecs.deserialize(content))
 
     def make_keys(self) -> None:
         self.client.keygen(force=True)
@@ -142,15 +128,14 @@ class Client:
     def decrypt(self, answer: bytes, beats: int) -> np.ndarray:
         from concrete import fhe
 
-        self.check(ANSWERS, answer)
+        values = [fhe.Value.deserialize(message) for message in messages(answer, 2)]
         if answer[0] != (beats > 1):
             raise ValueError("an answer to another number of beats")
-        values = [fhe.Value.deserialize(message) for message in messages(answer[1:])]
         tables, linear = self.client.decrypt(*values, function_name=FUNCTIONS[answer[0]])
         return logits_of_sums(self.numbers, np.atleast_1d(tables), np.atleast_1d(linear))[:beats]
 
     def check(self, kind: str, payload: bytes) -> None:
-        check_messages(payload, 2)
+        messages(payload, 2)
 
 
 class Server:
@@ -161,18 +146,18 @@ class Server:
 
     @staticmethod
     def versions() -> dict[str, str]:
-        python = ".".join(platform.python_version_tuple()[:2])
-        return {"python": python, "concrete-python": version("concrete-python")}
+        return {"python": "{}.{}".format(*sys.version_info), "concrete-python": version("concrete-python")}
 
     def load_keys(self, keys: bytes) -> None:
         from concrete import fhe
 
         self.check(KEYS, keys)
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):  # of glibc
-            for parameter, value in MALLOPT.items():
-                libc.mallopt(parameter, value)
-        self.server, self.keys = loaded(fhe.Server.load, self.content), fhe.EvaluationKeys.deserialize(keys)
+        for parameter, value in MALLOPT.items():
+            ctypes.CDLL(None).mallopt(parameter, value)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "server.zip"
+            path.write_bytes(self.content)
+            self.server, self.keys = fhe.Server.load(path), fhe.EvaluationKeys.deserialize(keys)
 
     def run(self, beats: bytes) -> bytes:
         from concrete import fhe
@@ -183,7 +168,23 @@ class Server:
         return beats[:1] + b"".join(part.serialize() for part in found)
 
     def check(self, kind: str, payload: bytes) -> None:
-        check_messages(b"\0" + payload if kind == KEYS else payload, 1)
+        messages(b"\0" + payload if kind == KEYS else payload, 1)
+
+
+def circuit_cost(circuit: Any, function: Any, rounding_bits: int, p_error: float) -> dict[str, Any]:
+    """Return a Scheme's cost of a circuit of Concrete whose `function` computes a beat."""
+    pbs = function.programmable_bootstrap_count
+    return {
+        "pbs": pbs,
+        "complexity": circuit.complexity,
+        "rounding_bits": rounding_bits,
+        "p_error": p_error,
+        "p_any_pbs_off": 1 - (1 - p_error) ** pbs,
+        "widest_integer_bits": function.graph.maximum_integer_bit_width(),
+        "evaluation_keys_MB": (circuit.size_of_bootstrap_keys + circuit.size_of_keyswitch_keys) / 1e6,
+        "security_bits": int(circuit.configuration.security_level),
+        "secret_keys_kB": circuit.size_of_secret_keys / 1e3,
+    }
 
 
 def integer_function(network: QuantizedNetwork) -> Callable[[Any], tuple[Any, Any]]:
@@ -208,51 +209,28 @@ def integer_function(network: QuantizedNetwork) -> Callable[[Any], tuple[Any, An
 def extreme_rows(network: QuantizedNetwork, X: np.ndarray) -> np.ndarray:
     """Return the integers (m, features) of those training rows X that have an integer's minimum or maximum.
 
-    So the circuit has room for all that training data can cause, and Concrete finds the widths that step 3 found; it
-    evaluates rows one by one, so that more would take longer and show no more.
+    From them Concrete finds the widths that step 3 found; it evaluates rows one by one, and more show no more.
     """
     x = quantize(X, network.input_bits, network.input_step)
     columns = [x.min(axis=1), x.max(axis=1), *network.accumulators(X).T, *network.sums(X)]
     return x[np.unique([end for values in columns for end in (values.argmin(), values.argmax())])]
 
 
-def saved(save: Callable[[Path], None]) -> bytes:
-    """Return what Concrete saves in a file."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "part.zip"
-        save(path)
-        return path.read_bytes()
+def messages(payload: bytes, count: int) -> list[bytes]:
+    """Split a payload: the number of a function, then messages of Cap'n Proto, in which Concrete stores its values.
 
-
-def loaded(load: Callable[[Path], Any], content: bytes) -> Any:
-    """Return what Concrete loads from a file with this content."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "part.zip"
-        path.write_bytes(content)
-        return load(path)
-
-
-def messages(content: bytes) -> list[bytes]:
-    """Split what Cap'n Proto, and so Concrete, stores behind each other. Raises ValueError for one that is not whole.
-
-    A message states the number of its segments less one, their sizes in units of 8 bytes, then come the segments. Where
-    bytes are missing, up to 32 GB, its reader asks for them again and again, 8 kB at a time, which takes up to hours.
+    Raises ValueError unless there are `count` whole ones. A message states the number of its segments less one, their
+    sizes in units of 8 bytes, then come the segments. Where bytes are missing, up to 32 GB, its reader asks for them
+    again and again, 8 kB at a time, which takes up to hours.
     """
-    found, start = [], 0
-    while start < len(content):
-        segments = int.from_bytes(content[start : start + 4], "little") + 1
-        table = 4 + 4 * segments
-        if start + table > len(content):
-            raise ValueError("a value is not whole")
-        size = -(-table // 8) * 8 + 8 * sum(struct.unpack_from(f"<{segments}I", content, start + 4))
-        if start + size > len(content):
-            raise ValueError("a value is not whole")
-        found.append(content[start : start + size])
+    found, start = [], 1
+    while start < len(payload):
+        segments = int.from_bytes(payload[start : start + 4], "little") + 1
+        size = 4 + 4 * segments
+        if start + size <= len(payload):
+            size = -(-size // 8) * 8 + 8 * sum(struct.unpack_from(f"<{segments}I", payload, start + 4))
+        found.append(payload[start : start + size])
         start += size
-    return found
-
-
-def check_messages(payload: bytes, count: int) -> None:
-    """Raise ValueError unless the number of a function and so many whole messages are all that the payload holds."""
-    if not payload or payload[0] >= len(FUNCTIONS) or len(messages(payload[1:])) != count:
+    if start != len(payload) or len(found) != count or payload[0] >= len(FUNCTIONS):
         raise ValueError("a value is not whole")
+    return found

@@ -1,7 +1,8 @@
-"""Configurations: networks at one number of bits, from the files of step 4, each with an identity of its own."""
+"""Configurations (networks at one number of bits, from the files of step 4), and the test rows that they run on."""
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -9,13 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from fhe_mlp.cli import InputError, digest
+from fhe_mlp.cli import digest
 from fhe_mlp.dataset import Dataset
 from fhe_mlp.encrypted import choose
 from fhe_mlp.encrypted.post_training import Setting
-from fhe_mlp.networks import load_mlp, load_onnx_mlp
+from fhe_mlp.networks import load_onnx_mlp
 from fhe_mlp.quantized import QuantizedNetwork, load_onnx
-from fhe_mlp.scaling import NONE
 
 RESULT_VERSION = 6  # raised by hand when the program returns other results, so that all are computed anew
 ROUNDING_BITS = 6  # leading accumulator bits where Concrete ML quantizes; step 3's networks have their own
@@ -32,12 +32,8 @@ class Configuration:
     network: QuantizedNetwork | None  # of step 3; None: Concrete ML quantizes the float network
     graph: bytes  # the float network in ONNX
     setting: Setting  # of Concrete ML
-    identity: dict[str, Any]  # shared by results that stand for each other: "scheme" and others, and their digest
-
-    @property
-    def key(self) -> str:
-        """Digest of the identity."""
-        return self.identity["identity"]
+    identity: dict[str, Any]  # shared by results that stand for each other: "scheme" and others
+    key: str  # digest of all of it
 
     @property
     def label(self) -> str:
@@ -58,53 +54,46 @@ class Experiment:
     configurations: dict[str, Configuration]  # by key
 
 
-@dataclass(frozen=True)
-class Terms:
-    """How the networks of one command are encrypted."""
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """Test rows that are drawn: the first of each batch, which is a stretch of an order of all."""
 
-    scheme: str | None  # name; None: the first that accepts a network
-    post_training: bool  # whether Concrete ML quantizes also networks that step 3 has quantized
-    rounding_bits: int  # of networks that Concrete ML quantizes, as is p_error
-    p_error: float
-    basis: dict[str, Any]  # as an Experiment has it
+    order: np.ndarray  # (test rows,)
+    size: int  # of a batch
+    samples: int  # rows drawn from each
+    batches: range
 
-    def load(self, path: Path, bits: int, features: int) -> Configuration:
-        """Return the configuration of the float network in an .onnx file, as step 3 quantized it to `bits` if it did.
+    def rows(self, batch: int) -> np.ndarray:
+        """Return the rising numbers of the test rows drawn from a batch."""
+        return np.sort(self.order[batch * self.size : (batch + 1) * self.size][: self.samples])
 
-        Raises InputError for a bad file.
-        """
-        graph, source = load_onnx_mlp(path, features).SerializeToString(), quantized_path(path, bits)
-        setting, asked = Setting(bits, self.rounding_bits, self.p_error), {}
-        if self.post_training or not source.exists():
-            source, network, quantization, scheme = path, None, "post-training", CONCRETE_ML
-            asked = {"asked_rounding_bits": self.rounding_bits, "asked_p_error": self.p_error}
-        else:
-            network, quantization = load_onnx(source, features), "quantization-aware"
-            setting, scheme = Setting(bits, ROUNDING_BITS, P_ERROR), self.scheme or choose(network).name
-        file = digest(source.read_bytes())
-        identity = {"quantization": quantization, "scheme": scheme, **asked, "network_sha256": file, **self.basis}
-        identity["identity"] = digest(repr((path.stem, bits, identity)))
-        return Configuration(path.stem, bits, network, graph, setting, identity)
+    def batch_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the batches of test rows, both (n,)."""
+        return np.argsort(self.order)[rows] // self.size
 
 
-def quantized_path(path: Path, bits: int) -> Path:
-    """Return the path to which step 4 writes the network that step 3 quantized from the one in `path`."""
-    return path.parent / "quantized" / f"{path.stem}_{bits}bits.onnx"
+def load_configuration(path: Path, bits: int, features: int, args: Namespace, basis: dict[str, Any]) -> Configuration:
+    """Return the configuration of the float network in an .onnx file, as step 3 quantized it to `bits` if it did.
+
+    args: step 5's scheme, post_training, rounding_bits and p_error; basis: of the Experiment. Raises InputError for a
+    bad file.
+    """
+    graph = load_onnx_mlp(path, features).SerializeToString()
+    source = path.parent / "quantized" / f"{path.stem}_{bits}bits.onnx"
+    setting, asked = Setting(bits, args.rounding_bits, args.p_error), {}
+    if args.post_training or not source.exists():
+        source, network, quantization, scheme = path, None, "post-training", CONCRETE_ML
+        asked = {"asked_rounding_bits": args.rounding_bits, "asked_p_error": args.p_error}
+    else:
+        network, quantization = load_onnx(source, features), "quantization-aware"
+        setting, scheme = Setting(bits, ROUNDING_BITS, P_ERROR), args.scheme or choose(network).name
+    file = digest(source.read_bytes())
+    identity = {"quantization": quantization, "scheme": scheme, **asked, "network_sha256": file, **basis}
+    key = digest(repr((path.stem, bits, identity)))
+    return Configuration(path.stem, bits, network, graph, setting, identity, key)
 
 
 def versions() -> dict[str, Any]:
     """Return the versions of the program and the libraries on which results depend."""
     names = ("concrete-ml", "concrete-python", "concrete-ml-extensions", "onnx", "numpy")
     return {"result_version": RESULT_VERSION, **{name: version(name) for name in names}}
-
-
-def public_map(paths: list[Path]) -> str:
-    """Return the public map of the networks in these .onnx files, from the .h5 files beside them.
-
-    Raises InputError where they have several.
-    """
-    files = [path.with_suffix(".h5") for path in paths if path.with_suffix(".h5").exists()]
-    maps = {load_mlp(file, "python dynamic_pruning_eval.py").map for file in files} or {NONE}
-    if len(maps) > 1:
-        raise InputError(f"--models: networks of several public maps ({', '.join(sorted(maps))}); run them one by one")
-    return maps.pop()

@@ -24,6 +24,7 @@ MARKERS = {  # of other models
     "CKKS": "^",
 }
 ACCURACY_TICKS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999)
+COSTS = {"complexity": "complexity of one encrypted beat", "run_seconds": "seconds per beat, median"}
 DRAWN = (0.45, 0.9995)  # accuracies that have a place on a logit scale; those beyond stand at its ends
 
 
@@ -45,16 +46,13 @@ def label_points(axis: Axes, names: Sequence[str], x: Sequence[float], y: Sequen
 
     The axis must have its scales and limits.
     """
-    figure, taken = axis.figure, []
-    figure.draw_without_rendering()  # which fixes where the axis lies
-    renderer, edge = figure.canvas.get_renderer(), axis.get_window_extent()
+    axis.figure.draw_without_rendering()  # which fixes where the axis lies
+    edge, taken = axis.get_window_extent(), []
     for name, point in sorted(zip(names, zip(x, y)), key=lambda labelled: labelled[1]):
         for height, (side, away) in itertools.product((-9, 4, -18, 13), (("left", 5), ("right", -5))):
-            place = {"xytext": (away, height), "textcoords": "offset points", "ha": side, "fontsize": 7}
-            note = axis.annotate(name, point, **place)
-            box = note.get_window_extent(renderer)
-            inside = edge.x0 <= box.x0 and box.x1 <= edge.x1
-            if inside and not any(box.overlaps(other) for other in taken):
+            note = axis.annotate(name, point, (away, height), textcoords="offset points", ha=side, fontsize=7)
+            box = note.get_window_extent()
+            if edge.x0 <= box.x0 and box.x1 <= edge.x1 and not any(map(box.overlaps, taken)):
                 break
             note.set_visible(False)
         note.set_visible(True)  # the last place, where none is free
@@ -73,23 +71,19 @@ def plot_frontier(summary: pd.DataFrame, others: pd.DataFrame, path: Path) -> No
     figure, axes = plt.subplots(1, 2, figsize=(15, 7), sharey=True, layout="constrained")
     own = summary.assign(drawn=summary["balanced_accuracy_test_set"].clip(*DRAWN))
     others = others.assign(drawn=others["balanced_accuracy"].astype(float).clip(*DRAWN)).dropna(subset=["drawn"])
-    placed = others[others[["complexity", "seconds"]].notna().any(axis=1)]
-    accuracies = pd.concat([own["drawn"], placed["drawn"]]).dropna()
+    others = others.rename(columns={"seconds": "run_seconds"}).dropna(subset=list(COSTS), how="all")
+    accuracies = pd.concat([own["drawn"], others["drawn"]]).dropna()
     axes[0].set_ylabel("balanced accuracy, whole test set, quantized")
-    for axis, cost, other_cost, label in (
-        (axes[0], "complexity", "complexity", "complexity of one encrypted beat"),
-        (axes[1], "run_seconds", "seconds", "seconds per beat, median"),
-    ):
-        costs = own[cost] if cost in own else pd.Series(np.nan, own.index)
-        table = own.assign(cost=costs.where(costs > 0))  # without bootstraps, complexity is 0
+    for axis, (cost, label) in zip(axes, COSTS.items()):
+        table = own.assign(cost=own[cost].where(own[cost] > 0))  # without bootstraps, complexity is 0
         for bits, group in table.groupby("q_bits"):
             axis.scatter(group["cost"], group["drawn"], s=28, label=f"{bits} bits", zorder=3)
         front = table[table["on_front"]].sort_values("cost")
         axis.plot(front["cost"], front["drawn"], color="black", lw=1, label="front")
-        measured = others[others[other_cost].notna()]
+        measured = others.dropna(subset=[cost])
         for kind, group in measured.groupby("kind"):
             style = {"facecolor": "lightgrey", "edgecolor": "black", "marker": MARKERS.get(kind, "v")}
-            axis.scatter(group[other_cost], group["drawn"], s=40, label=kind, zorder=2, **style)
+            axis.scatter(group[cost], group["drawn"], s=40, label=kind, zorder=2, **style)
         axis.set(yscale="logit", xlabel=label)
         if table["cost"].notna().any() or len(measured):  # matplotlib has no logarithmic axis of nothing
             axis.set_xscale("log")
@@ -100,7 +94,7 @@ def plot_frontier(summary: pd.DataFrame, others: pd.DataFrame, path: Path) -> No
         axis.set_ylim(1 - 1.3 * (1 - accuracies.min()), 1 - (1 - accuracies.max()) / 1.3)
         axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
         axis.yaxis.set_minor_formatter("")
-        label_points(axis, measured["name"], measured[other_cost], measured["drawn"])
+        label_points(axis, measured["name"], measured[cost], measured["drawn"])
     shown = {label: mark for axis in axes for mark, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(shown), fontsize=8)
     figure.suptitle("Cost of encrypted inference (front: best validation accuracy at its cost)")
@@ -110,7 +104,7 @@ def plot_frontier(summary: pd.DataFrame, others: pd.DataFrame, path: Path) -> No
 def plot_steps(tables: Mapping[str, pd.DataFrame], path: Path) -> None:
     """Draw balanced accuracy along the steps, float and quantized (of each network that of the most bits).
 
-    tables: of steps.steps_table, by the name of their folder.
+    tables: of report.steps_table, by the name of their folder.
     """
     import matplotlib.pyplot as plt
 
@@ -118,26 +112,25 @@ def plot_steps(tables: Mapping[str, pd.DataFrame], path: Path) -> None:
     for number, (folder, table) in enumerate(tables.items()):
         table = table.assign(float=table["network"].str.replace(r", \d bits$", "", regex=True))
         quantized = table[table["step"] == 5].sort_values("network").groupby("float").tail(1).sort_index()
-        for kind, points in (("float", table[table["step"] < 5]), ("quantized", quantized)):
+        style = {"color": f"C{number}", "capsize": 3}
+        for kind, points, look in (
+            ("float", table[table["step"] < 5], {"marker": "o", "ls": "-", "alpha": 1}),
+            ("quantized", quantized, {"marker": "s", "ls": "--", "alpha": 0.6}),
+        ):
+            middle = 100 * points["balanced_accuracy"].to_numpy()
             ends = points.reindex(columns=["balanced_accuracy_low95", "balanced_accuracy_high95"])
-            low, high = 100 * ends.to_numpy(float).T
-            middle = 100 * points["balanced_accuracy"]
+            errors = np.abs(middle - 100 * ends.to_numpy(float).T)
+            names = points["float"].str.replace(" of neurons removed", "").str.replace(" ", "\n")
             axis.errorbar(
-                points["float"].str.replace(" of neurons removed", "").str.replace(" ", "\n").str.replace("\n%", " %"),
+                names.str.replace("\n%", " %"),
                 middle,
-                yerr=np.abs([middle - low, high - middle]) if np.isfinite(low).all() else None,
-                marker="o" if kind == "float" else "s",
-                ls="-" if kind == "float" else "--",
-                color=f"C{number}",
-                alpha=1 if kind == "float" else 0.6,
-                capsize=3,
+                yerr=errors if np.isfinite(errors).all() else None,
                 label=f"{folder} ({table['patients'].iloc[0]}), {kind}",
+                **style,
+                **look,
             )
-    axis.set(
-        xlabel="neurons removed",
-        ylabel="balanced accuracy, test set (%)",
-        title="Accuracy step by step, 95 % intervals over records",
-    )
+    axis.set(xlabel="neurons removed", ylabel="balanced accuracy, test set (%)")
+    axis.set_title("Accuracy step by step, 95 % intervals over records")
     axis.tick_params(axis="x", labelsize=7)
     axis.legend()
     save_figure(figure, path)

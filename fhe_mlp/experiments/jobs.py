@@ -1,12 +1,14 @@
 """Jobs of a worker on one configuration: its cost, its accuracies, and test rows encrypted.
 
-Each receives the Experiment and the key of a configuration. A process compiles a configuration once, and stores the
-encryption keys of one at a time. After a failure, "status" and "reason" are among the facts that are returned.
+Each receives the Experiment and the key of a configuration, and returns facts for its row and what else it found. A
+worker compiles a configuration once, and stores the encryption keys of one at a time. After a failure, "status" and
+"reason" are among the facts.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Sequence
@@ -22,22 +24,17 @@ from fhe_mlp.experiments.configuration import Configuration, Experiment
 
 MEMORY_PER_KEY_BYTE = 2.2  # bytes; making and unpacking keys of 0.4 to 4.7 GB took up to 2.1 times their size
 Facts = dict[str, Any]
-_compiled: dict[tuple[str, int], Any] = {}  # schemes of this process by key and beats of a payload
 _keys: dict[str, tuple[bytes, float]] = {}  # secret keys by parameters, of one at most, and how long they took
-_sides: dict[tuple, tuple[Any, Any, dict[str, Any]]] = {}  # client and server with keys of one, and facts of the keys
 
 
+@functools.lru_cache  # of 128, also where a Dask worker serves many runs
 def compiled(experiment: Experiment, key: str) -> Any:
     """Return the compiled configuration. Raises one of CIRCUIT_ERRORS."""
-    name = key, experiment.beats
-    if name not in _compiled:
-        configuration = experiment.configurations[key]
-        network, scheme = configuration.network, configuration.identity["scheme"]
-        if network is None:
-            _compiled[name] = post_training(experiment, configuration)
-        else:
-            _compiled[name] = choose(network, scheme)(network, experiment.data.train.X, experiment.beats)
-    return _compiled[name]
+    configuration = experiment.configurations[key]
+    if configuration.network is None:
+        return post_training(experiment, configuration)
+    scheme = choose(configuration.network, configuration.identity["scheme"])
+    return scheme(configuration.network, experiment.data.train.X, experiment.beats)
 
 
 def post_training(experiment: Experiment, configuration: Configuration) -> PostTraining:
@@ -47,23 +44,23 @@ def post_training(experiment: Experiment, configuration: Configuration) -> PostT
     return PostTraining(onnx.load_from_string(configuration.graph), configuration.setting, experiment.calibration)
 
 
-def cost(experiment: Experiment, key: str) -> Facts:
+def cost(experiment: Experiment, key: str) -> tuple[Facts, None]:
     """Compile, and return the cost."""
     started = time.perf_counter()
     try:
-        scheme = compiled(experiment, key)
-        facts = scheme.cost()
+        facts = compiled(experiment, key).cost()
     except CIRCUIT_ERRORS as error:
-        return {"status": "cannot compile", "reason": first_line(error)}
-    seconds = time.perf_counter() - started
-    return {"compile_time": seconds, **facts, "predicted_memory_MB": facts["evaluation_keys_MB"] * MEMORY_PER_KEY_BYTE}
+        return {"status": "cannot compile", "reason": first_line(error)}, None
+    memory = facts["evaluation_keys_MB"] * MEMORY_PER_KEY_BYTE
+    return {"compile_time": time.perf_counter() - started, **facts, "predicted_memory_MB": memory}, None
 
 
 def too_large(facts: Facts) -> Facts:
     """Return the status of a configuration whose keys do not fit into the free memory of this machine, else nothing."""
     import psutil
 
-    memory, free = facts["predicted_memory_MB"] / 1e3, psutil.virtual_memory().available / 1e9
+    memory = facts["evaluation_keys_MB"] * MEMORY_PER_KEY_BYTE / 1e3
+    free = psutil.virtual_memory().available / 1e9
     reason = f"needs about {memory:.1f} GB of memory, {free:.1f} GB are free"
     return {"status": "too large", "reason": reason} if memory > free else {}
 
@@ -74,14 +71,12 @@ def measure(experiment: Experiment, key: str) -> tuple[Facts, np.ndarray | None]
     network, rows = configuration.network, experiment.simulated
     try:
         scheme = compiled(experiment, key)
-        started = time.perf_counter()
-        clear = (network or scheme).logits(test.X)
+        model, started = network or scheme, time.perf_counter()
+        clear = model.logits(test.X)
         facts: Facts = {"clear_seconds_per_row": (time.perf_counter() - started) / len(clear)}
-        figures = ecg.columns(test.figures(clear > 0))
-        facts |= {f"{name}_test_set": value for name, value in figures.items()}
+        facts |= {f"{name}_test_set": value for name, value in ecg.columns(test.figures(clear > 0)).items()}
         facts["test_set_rows"] = len(clear)
-        decided = (network or scheme).logits(val.X) > 0
-        facts["balanced_accuracy_validation"] = ecg.balanced_accuracy(decided, val.y)
+        facts["balanced_accuracy_validation"] = ecg.balanced_accuracy(model.logits(val.X) > 0, val.y)
         simulated = scheme.simulate(test.X[rows])
         if simulated is not None:
             facts["accuracy_simulated"] = np.mean((simulated > 0) == test.y[rows])
@@ -115,46 +110,33 @@ def encrypt(experiment: Experiment, key: str, calls: Sequence[np.ndarray]) -> tu
         return {**facts, "status": "failed", "reason": first_line(error)}, runs
 
 
+@functools.lru_cache(maxsize=1)
 def sides(experiment: Experiment, key: str) -> tuple[Any, Any, Facts]:
     """Return client and server with keys, made for the first job of a configuration, and how long keys and a beat took.
 
     Of the two beats that run first, one unpacks the keys, and the other shows whether they are too slow after all.
     """
-    name = key, experiment.beats, experiment.max_seconds
-    if name not in _sides:
-        _sides.clear()
-        scheme = compiled(experiment, key)
-        memory = scheme.cost()["evaluation_keys_MB"] * MEMORY_PER_KEY_BYTE
-        if refused := too_large({"predicted_memory_MB": memory}):
-            return None, None, refused
-        client, server = scheme.client(), scheme.server()
-        facts: Facts = {"keygen_time": give_keys(client, scheme.key_parameters)}
-        server.load_keys(client.evaluation_keys())
-        for _ in range(2):
-            seconds = facts["warm_up_seconds"] = timed_call(client, server, experiment.data.train.X[:1])["run_seconds"]
-        if seconds > experiment.max_seconds:
-            reason = f"measured {seconds:.0f} s per beat, over --max-seconds {experiment.max_seconds:g}"
-            facts |= {"status": "too slow", "reason": reason}
-        _sides[name] = client, server, facts
-    return _sides[name]
-
-
-def give_keys(client: Any, parameters: str | None) -> float:
-    """Give a client new keys, or those that were made for another network of equal parameters.
-
-    Returns the seconds that making them took.
-    """
-    if parameters in _keys:
-        keys, seconds = _keys[parameters]
-        client.load_secret_keys(keys)
-        return seconds
-    started = time.perf_counter()
-    client.make_keys()
-    seconds = time.perf_counter() - started
-    if parameters:
+    sides.cache_clear()  # the keys of one configuration leave the memory before others are made
+    scheme = compiled(experiment, key)
+    if refused := too_large(scheme.cost()):
+        return None, None, refused
+    client, server = scheme.client(), scheme.server()
+    started, made = time.perf_counter(), _keys.get(scheme.key_parameters)
+    if made:  # for another network of equal parameters
+        client.load_secret_keys(made[0])
+    else:
+        client.make_keys()
+    facts: Facts = {"keygen_time": made[1] if made else time.perf_counter() - started}
+    if scheme.key_parameters and not made:
         _keys.clear()
-        _keys[parameters] = client.secret_keys(), seconds
-    return seconds
+        _keys[scheme.key_parameters] = client.secret_keys(), facts["keygen_time"]
+    server.load_keys(client.evaluation_keys())
+    for _ in range(2):
+        seconds = facts["warm_up_seconds"] = timed_call(client, server, experiment.data.train.X[:1])["run_seconds"]
+    if seconds > experiment.max_seconds:
+        reason = f"measured {seconds:.0f} s per beat, over --max-seconds {experiment.max_seconds:g}"
+        facts |= {"status": "too slow", "reason": reason}
+    return client, server, facts
 
 
 def timed_call(client: Any, server: Any, X: np.ndarray) -> Facts:
@@ -175,7 +157,7 @@ def run_rows(client: Any, server: Any, experiment: Experiment, rows: np.ndarray)
     filled = rows if len(rows) == 1 else np.resize(rows, experiment.beats)
     measured = timed_call(client, server, experiment.data.test.X[filled])
     logits, machine = measured.pop("logits"), machine_facts()
-    shared = {name: value / len(filled) for name, value in measured.items()} | {"beats": len(filled)}
-    shared |= {"host": machine["host"], "processor": machine["processor"]}
+    shared = {name: value / len(filled) for name, value in measured.items()}
+    shared |= {"beats": len(filled), "host": machine["host"], "processor": machine["processor"]}
     shared["cores"] = int(os.environ.get("OMP_NUM_THREADS", machine["cores"]))
     return [{"test_row": int(row), "output_fhe": float(logit), **shared} for row, logit in zip(rows, logits)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,37 +11,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fhe_mlp.cli import InputError, digest, whole_file
-from fhe_mlp.experiments.configuration import Experiment
+from fhe_mlp import ecg
+from fhe_mlp.cli import InputError, digest, first_line, whole_file
+from fhe_mlp.experiments.configuration import Draws, Experiment
 from fhe_mlp.experiments.figures import plot_frontier, plot_steps
 from fhe_mlp.experiments.results import Results
-from fhe_mlp.experiments.steps import STEPS, read_beside, side_by_side, steps_table
 from fhe_mlp.experiments.workbooks import columns_of, settings_sheet, write_workbook
 
 OURS = "this pipeline"  # kind of the models in a comparison that the summary has already
-
-
-@dataclass(frozen=True, eq=False)
-class Draws:
-    """Test rows that are drawn: the first of each batch, which is a stretch of an order of all."""
-
-    order: np.ndarray  # (test rows,)
-    size: int  # of a batch
-    samples: int  # rows drawn from each
-    batches: range
-
-    @property
-    def all_rows(self) -> np.ndarray:
-        """Numbers of the test rows drawn from all batches."""
-        return np.concatenate([self.rows(batch) for batch in self.batches])
-
-    def rows(self, batch: int) -> np.ndarray:
-        """Return the rising numbers of the test rows drawn from a batch."""
-        return np.sort(self.order[batch * self.size : (batch + 1) * self.size][: self.samples])
-
-    def batch_of(self, rows: np.ndarray) -> np.ndarray:
-        """Return the batches of test rows, both (n,)."""
-        return np.argsort(self.order)[rows] // self.size
+STEPS = "fhe_steps.csv"  # the figures of all steps, for a table with those of another folder
+Tables = dict[str, pd.DataFrame]  # of steps_table, by the name of their folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +33,7 @@ class Report:
     experiment: Experiment
     draws: Draws
     settings: dict[str, Any]
-    beside: Path | None  # another folder, to be shown beside
+    beside: tuple[str, Tables] | None  # of read_beside
 
     def write(self) -> None:
         """Write all workbooks and pictures, and print what they show.
@@ -69,7 +50,12 @@ class Report:
             sheets = {"results": self.batch_table(batch, facts, runs), "predictions": predictions, "settings": settings}
             write_workbook(self.workdir / f"results_batch_{batch}.xlsx", sheets)
         summary, others = summarize(facts, runs), self.results.comparison(digest(repr(self.experiment.basis)))
-        steps, others = self.steps(summary), others.reindex(columns=columns_of("comparison"))
+        others = others.reindex(columns=columns_of("comparison"))
+        own = steps_table(self.workdir, summary, self.experiment.data.patients)
+        with whole_file(self.workdir / STEPS) as temporary:
+            own.to_csv(temporary, index=False)
+        name, beside = self.beside or (self.workdir.resolve().name, {})
+        steps = {name: own, **beside}
         sheets = {"summary": select(summary, "summary"), **pivots(summary), "encrypted by class": by_class(runs)}
         sheets |= {"steps": side_by_side(steps), "comparison": others, "settings": settings}
         write_workbook(self.workdir / "fhe_summary.xlsx", {name: table for name, table in sheets.items() if len(table)})
@@ -120,16 +106,6 @@ class Report:
         table = pd.DataFrame(table)
         return table.reindex(columns=list(dict.fromkeys([*columns_of("batch"), *table])))
 
-    def steps(self, summary: pd.DataFrame) -> dict[str, pd.DataFrame]:
-        """Write the figures of all steps, and return them with those of the folder beside, by name of the folder."""
-        table = steps_table(self.workdir, summary, self.experiment.data.patients)
-        with whole_file(self.workdir / STEPS) as temporary:
-            table.to_csv(temporary, index=False)
-        if not self.beside:
-            return {self.workdir.resolve().name: table}
-        names, other = read_beside(self.workdir, self.beside)
-        return dict(zip(names.values(), (table, other)))
-
 
 def select(table: pd.DataFrame, sheet: str) -> pd.DataFrame:
     """Return those columns of a table that stand in a sheet."""
@@ -172,54 +148,44 @@ def encrypted_columns(runs: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def pareto(cost: pd.Series, accuracy: pd.Series) -> pd.Series:
-    """Return True for each point whose accuracy no other point of the same or lower cost reaches."""
-    order = pd.DataFrame({"cost": cost, "accuracy": accuracy}).sort_values(
-        ["cost", "accuracy"], ascending=[True, False]
-    )
-    best_before = order["accuracy"].cummax().shift(fill_value=-np.inf)
-    return (order["accuracy"] > best_before).reindex(cost.index)
-
-
 def summarize(facts: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """Return a row a configuration (two where unlike machines ran it), the lowest complexity first.
 
-    facts: of Results.facts; runs: of Report.runs. on_front is judged by validation accuracy, with the noise of
-    encryption where it is known.
+    facts: of Results.facts; runs: of Report.runs. on_front: no other configuration of the same or lower complexity has
+    as good a validation accuracy, with the noise of encryption where it is known.
     """
     rows = []
     for row in facts.to_dict("records"):
-        own = runs[runs["identity"] == row["identity"]]
-        for _, ran in own.groupby(["processor", "cores"], sort=False):
-            rows.append(row | {"batches": ran["batch"].nunique(), "n": len(ran), **encrypted_columns(ran)})
-        if not len(own):
-            rows.append(row)
+        by_machine = runs[runs["identity"] == row["identity"]].groupby(["processor", "cores"], sort=False)
+        ran = [{"batches": own["batch"].nunique(), "n": len(own), **encrypted_columns(own)} for _, own in by_machine]
+        rows += [row | columns for columns in ran or [{}]]
     table = pd.DataFrame(rows)
     table = table.reindex(columns=list(dict.fromkeys([*table, *columns_of("summary")])))  # where all failed, some lack
     table["complexity"] = pd.to_numeric(table["complexity"])
-    accuracy = table["noisy_balanced_accuracy_validation"].fillna(table["balanced_accuracy_validation"])
-    ranked = table[table["complexity"].notna() & accuracy.notna()].drop_duplicates("identity").index
-    front = pareto(table["complexity"][ranked], accuracy[ranked].astype(float))
-    table["on_front"] = table["identity"].isin(table["identity"][ranked][front])
+    accuracy = table["noisy_balanced_accuracy_validation"].fillna(table["balanced_accuracy_validation"]).astype(float)
+    ranked = table.assign(accuracy=accuracy).dropna(subset=["complexity", "accuracy"]).drop_duplicates("identity")
+    ranked = ranked.sort_values(["complexity", "accuracy"], ascending=[True, False])
+    better = ranked["accuracy"] > ranked["accuracy"].cummax().shift(fill_value=-np.inf)
+    table["on_front"] = table["identity"].isin(ranked["identity"][better])
     return table.sort_values(["complexity", "model_name", "q_bits"], ignore_index=True)
 
 
 def pivots(summary: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return sheets of models by bits: accuracy cleartext and encrypted, and seconds per beat, by machine if unlike."""
 
-    def by_bits(values: str, what: str, index: list[str]) -> pd.DataFrame:
-        table = summary.pivot_table(values=values, index=index, columns="q_bits", sort=False)
+    def by_bits(values: str, what: str, *machine: str) -> pd.DataFrame:
+        table = summary.pivot_table(values=values, index=["model_name", *machine], columns="q_bits", sort=False)
         table = table[sorted(table)].rename(columns="{:.0f} bits".format).reset_index()
         table.insert(1, "measured", what)
         return table
 
-    beats = "{:.0f} to {:.0f} rows".format(summary["n"].min(), summary["n"].max())
-    clear = by_bits("balanced_accuracy_test_set", "balanced accuracy, cleartext, test set", ["model_name"])
-    encrypted = by_bits("accuracy_fhe", f"accuracy, encrypted, {beats}", ["model_name"])
-    seconds = by_bits(
-        "run_seconds", f"median seconds per beat, encrypted, {beats}", ["model_name", "processor", "cores"]
-    )
-    return {"accuracy by bits": pd.concat([clear, encrypted]), "seconds by bits": seconds}
+    encrypted = "encrypted, {:.0f} to {:.0f} rows".format(summary["n"].min(), summary["n"].max())
+    accuracies = [
+        by_bits("balanced_accuracy_test_set", "balanced accuracy, cleartext, test set"),
+        by_bits("accuracy_fhe", f"accuracy, {encrypted}"),
+    ]
+    seconds = by_bits("run_seconds", f"median seconds per beat, {encrypted}", "processor", "cores")
+    return {"accuracy by bits": pd.concat(accuracies), "seconds by bits": seconds}
 
 
 def by_class(runs: pd.DataFrame) -> pd.DataFrame:
@@ -229,3 +195,64 @@ def by_class(runs: pd.DataFrame) -> pd.DataFrame:
     groups = named.assign(right=right, equal=equal).groupby(["model_name", "q_bits", "aami"], sort=False)
     counts = {"beats": ("label", "size"), "records": ("record", "nunique")}
     return groups.agg(**counts, right=("right", "sum"), equal=("equal", "sum")).reset_index()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what a step wrote about its networks, nothing where it has not run here."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def steps_table(workdir: Path, summary: pd.DataFrame, patients: str) -> pd.DataFrame:
+    """Return a row a network of steps 1 to 5, in their order, with the figures of the test set and encrypted decisions.
+
+    What a step has not written to `workdir` is left out. Float networks are named by the neurons removed, since ranks
+    differ between folders. patients: of the test set, for the column of that name.
+    """
+    zeros = read_json(workdir / "tf_pruned_model_metrics.json")
+    tested = {"baseline": read_json(workdir / "MLP_model_0_metrics.json").get("test")}
+    tested["hidden weights zeroed"] = zeros.get("figures", {}).get("reloaded", {}).get("test")
+    rows = [{"step": n, "network": name, **ecg.columns(f)} for n, (name, f) in enumerate(tested.items(), 1) if f]
+    for rate in read_json(workdir / "dynamic_pruning_metrics.json").get("rates", []):
+        figures = {name.removeprefix("test_"): rate[name] for name in rate if name.startswith("test_")}
+        rows.append({"step": 3, "network": f"{rate['rate_percent']} % of neurons removed", **figures})
+    for row in summary.dropna(subset="balanced_accuracy_test_set").to_dict("records"):
+        removed = re.search(r"_prune_(\d+)_acc_", row["model_name"])
+        name = f"{removed[1]} % of neurons removed" if removed else row["model_name"]
+        figures = {column.removesuffix("_test_set"): value for column, value in row.items()}
+        rows.append({"step": 5, "network": f"{name}, {row['q_bits']} bits", **figures})
+    table = pd.DataFrame(rows, columns=None if rows else ["step", "network"]).drop_duplicates("network")
+    table.insert(0, "patients", patients)
+    shown = ["patients", "step", "network", *columns_of("steps")]
+    return in_order(table[[name for name in shown if name in table]])
+
+
+def in_order(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows by step, share of neurons removed, and bits; table: columns step and network."""
+    removed = table["network"].astype(str).str.extract(r"^(\d+) %", expand=False).astype(float)
+    table = table.assign(removed=removed).sort_values(["step", "removed", "network"], ignore_index=True)
+    return table.drop(columns="removed")
+
+
+def read_beside(workdir: Path, beside: Path) -> tuple[str, Tables]:
+    """Return a short name of `workdir`, and the table that step 5 wrote to another folder by the name of that.
+
+    Raises InputError where the folders are the same, or the second has no such table.
+    """
+    own, other, path = workdir.resolve(), beside.resolve(), beside / STEPS
+    if own == other:
+        raise InputError(f"--beside {beside}: is the --workdir itself; name another one")
+    try:
+        table = pd.read_csv(path).astype({"patients": str, "network": str, "balanced_accuracy": float})
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: {first_line(error)}; make it with: python fhe_experiments.py") from None
+    return (own.name, {other.name: table}) if own.name != other.name else (str(own), {str(other): table})
+
+
+def side_by_side(tables: Tables) -> pd.DataFrame:
+    """Return a row a network of any of the tables, the columns of each with the name of its folder."""
+    index = ["step", "network"]
+    figures = {folder: table.drop(columns="patients").set_index(index) for folder, table in tables.items()}
+    joined = pd.concat(figures, axis=1)
+    joined.columns = [f"{name}, {folder}" for folder, name in joined.columns]
+    names = [f"{name}, {folder}" for name in columns_of("steps") for folder in tables]
+    return in_order(joined.reset_index()[[*index, *(name for name in names if name in joined)]])

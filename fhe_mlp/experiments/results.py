@@ -9,7 +9,7 @@ import contextlib
 import fcntl
 import json
 import sqlite3
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ PRAGMA user_version = {LAYOUT};
 """
 
 
-class Results:
+class Results(contextlib.AbstractContextManager):
     """The database at `path`, made where it is missing; while one process writes, others can read.
 
     write=False reads it; a missing one is empty. Raises InputError for a file that is no database of this layout, and
@@ -45,7 +45,7 @@ class Results:
             if self.lock:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             source = path if write or path.exists() else ":memory:"
-            self.connection = sqlite3.connect(source, PATIENCE_SECONDS, isolation_level=None)
+            self.connection = sqlite3.connect(source, PATIENCE_SECONDS)
             if not self.connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 self.connection.executescript(f"BEGIN; {TABLES} COMMIT;")
             layout = self.connection.execute("PRAGMA user_version").fetchone()[0]
@@ -57,21 +57,18 @@ class Results:
         if layout != LAYOUT:
             raise InputError(f"{path}: has layout {layout}, this program writes layout {LAYOUT}; move it away")
 
-    def __enter__(self) -> Results:
-        return self
-
     def __exit__(self, *error: object) -> None:
         self.connection.close()
         if self.lock:
             self.lock.close()
 
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _store(self, *statements: tuple[str, Sequence[Any]]) -> None:
+        """Execute statements, each for some rows of values, in one transaction."""
         try:
-            self.connection.execute("BEGIN IMMEDIATE")
-            yield self.connection
-            self.connection.execute("COMMIT")
-        except sqlite3.DatabaseError as error:  # a full disk, say; what was not committed is rolled back on closing
+            with self.connection:
+                for statement, rows in statements:
+                    self.connection.executemany(statement, rows)
+        except sqlite3.DatabaseError as error:  # a full disk, say
             raise InputError(f"{self.path}: cannot be written ({first_line(error)}); free space, then rerun") from None
 
     def add(self, facts: dict[str, Any], clear: np.ndarray | None = None, runs: Sequence[dict[str, Any]] = ()) -> None:
@@ -81,15 +78,13 @@ class Results:
         row that has run encrypted.
         """
         identity, content = facts["identity"], None if clear is None else clear.astype(np.float64).tobytes()
-        with self._transaction() as connection:
-            connection.execute(
-                "INSERT INTO configurations VALUES (?, ?, ?) ON CONFLICT (identity) "
-                "DO UPDATE SET facts = excluded.facts, clear = ifnull(excluded.clear, clear)",
-                (identity, to_json(facts), content),
-            )
-            values = ", ".join(f":{name}" for name in RUN_COLUMNS)
-            rows = [{"identity": identity, **run} for run in runs]
-            connection.executemany(f"INSERT OR REPLACE INTO runs VALUES ({values})", rows)
+        configuration = (
+            "INSERT INTO configurations VALUES (?, ?, ?) ON CONFLICT (identity) "
+            "DO UPDATE SET facts = excluded.facts, clear = ifnull(excluded.clear, clear)"
+        )
+        run = f"INSERT OR REPLACE INTO runs VALUES ({', '.join(f':{name}' for name in RUN_COLUMNS)})"
+        rows = [{"identity": identity, **run} for run in runs]
+        self._store((configuration, [(identity, json.dumps(facts, default=np.generic.item), content)]), (run, rows))
 
     def facts(self, identities: Collection[str]) -> list[dict[str, Any]]:
         """Return the facts of those configurations that are stored, in the order of `identities`."""
@@ -104,23 +99,15 @@ class Results:
 
     def runs(self, identities: Collection[str]) -> pd.DataFrame:
         """Return a row for each test row that has run encrypted, in the order of `identities` and test rows."""
-        table = pd.read_sql("SELECT * FROM runs ORDER BY test_row", self.connection)
-        order = {identity: number for number, identity in enumerate(identities)}
-        table = table[table["identity"].isin(order)]
-        return table.sort_values("identity", key=lambda column: column.map(order), kind="stable", ignore_index=True)
+        table = pd.read_sql("SELECT * FROM runs ORDER BY test_row", self.connection, index_col="identity")
+        return table.loc[[identity for identity in identities if identity in table.index]].reset_index()
 
     def compare(self, basis: str, row: dict[str, Any]) -> None:
         """Store a row about another model in place of an earlier one of its "name" on the same `basis`."""
-        with self._transaction() as connection:
-            values = (basis, row["name"], to_json(row))
-            connection.execute("INSERT OR REPLACE INTO comparison VALUES (?, ?, ?)", values)
+        values = (basis, row["name"], json.dumps(row, default=np.generic.item))
+        self._store(("INSERT OR REPLACE INTO comparison VALUES (?, ?, ?)", [values]))
 
     def comparison(self, basis: str) -> pd.DataFrame:
         """Return what `compare` has stored, in its order."""
         rows = self.connection.execute("SELECT facts FROM comparison WHERE basis = ? ORDER BY rowid", (basis,))
         return pd.DataFrame([json.loads(facts) for (facts,) in rows])
-
-
-def to_json(facts: dict[str, Any]) -> str:
-    """Return facts, which may be NumPy's numbers, as JSON."""
-    return json.dumps(facts, default=lambda value: value.item())

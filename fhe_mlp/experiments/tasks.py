@@ -11,8 +11,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from fhe_mlp.experiments import jobs
-from fhe_mlp.experiments.configuration import Configuration, Experiment
-from fhe_mlp.experiments.report import Draws
+from fhe_mlp.experiments.configuration import Configuration, Draws, Experiment
 from fhe_mlp.experiments.results import Results
 from fhe_mlp.workers import LOST, Workers
 
@@ -29,7 +28,7 @@ class Task:
     """A configuration and the test rows that are left to run."""
 
     configuration: Configuration
-    facts: dict[str, Any]  # of the database
+    facts: jobs.Facts  # of the database
     rows: np.ndarray
     beats: int  # of a payload at most
     seconds: float = 0.0  # predicted, for keys and rows
@@ -68,7 +67,7 @@ class Task:
             job.append(call)
         yield job
 
-    def store(self, results: Results, clear: np.ndarray | None = None, runs: Sequence[dict[str, Any]] = ()) -> None:
+    def store(self, results: Results, clear: np.ndarray | None = None, runs: Sequence[jobs.Facts] = ()) -> None:
         """Store the facts, with the cleartext logits and the runs that are new."""
         self.rows = np.setdiff1d(self.rows, [run["test_row"] for run in runs])
         results.add({**self.facts, **(UNFINISHED if self.runnable else {})}, clear, runs)
@@ -78,27 +77,44 @@ def find_tasks(experiment: Experiment, draws: Draws, results: Results) -> list[T
     """Return a task for each configuration, with the facts that are stored and the drawn rows that have not run."""
     stored = {facts["identity"]: facts for facts in results.facts(experiment.configurations)}
     runs, tasks = results.runs(experiment.configurations), []
+    drawn = np.concatenate([draws.rows(batch) for batch in draws.batches])
     for key, configuration in experiment.configurations.items():
-        new = {"model_name": configuration.model_name, "q_bits": configuration.bits, **configuration.identity}
-        rows = np.setdiff1d(draws.all_rows, runs.loc[runs["identity"] == key, "test_row"])
+        names = {"model_name": configuration.model_name, "q_bits": configuration.bits}
+        new = {**names, **configuration.identity, "identity": key, "status": "new"}
+        rows = np.setdiff1d(drawn, runs.loc[runs["identity"] == key, "test_row"])
         beats = experiment.beats if configuration.network else 1
-        tasks.append(Task(configuration, stored.get(key, {**new, "status": "new"}), rows, beats))
+        tasks.append(Task(configuration, stored.get(key, new), rows, beats))
     return tasks
 
 
-def carry_out(workers: Workers, function: Callable, arguments: Iterable[tuple], bar: tqdm) -> Iterator[tuple[int, Any]]:
-    """Yield what Workers.map does, and draw the bar while nothing is finished."""
-    waiting = "waiting for a worker to come back"
-    yield from workers.map(function, arguments, lambda: bar.set_postfix_str("" if workers.count() else waiting))
+def carry_out(workers: Workers, function: Callable, coming: Iterable[tuple], bar: tqdm) -> Iterator[tuple[Task, Any]]:
+    """Run `function` for each (task, share of the bar, arguments) that is coming.
+
+    Adds the facts of a finished job to its task, and yields this with what else the job found.
+    """
+    handed: list[tuple[Task, float]] = []
+
+    def arguments() -> Iterator[tuple]:
+        for task, share, *more in coming:
+            handed.append((task, share))
+            yield task.configuration.key, *more
+
+    def waiting() -> None:
+        bar.set_postfix_str("" if workers.count() else "waiting for a worker to come back")
+
+    for number, result in workers.map(function, arguments(), waiting):
+        task, share = handed[number]
+        facts, found = (DIED, None) if result is LOST else result
+        task.facts |= facts
+        yield task, found
+        bar.update(share)
 
 
 def compile_all(tasks: Sequence[Task], workers: Workers) -> None:
     """Add to the facts of each task the cost of its circuit, or why it has none."""
     new = [task for task in tasks if not task.measured]
     with tqdm(total=len(new), desc="compiling", unit="circuit", disable=not new) as bar:
-        for number, facts in carry_out(workers, jobs.cost, [(task.configuration.key,) for task in new], bar):
-            new[number].facts |= DIED if facts is LOST else facts
-            bar.update()
+        list(carry_out(workers, jobs.cost, [(task, 1) for task in new], bar))
     for task in tasks:
         if "complexity" in task.facts:
             task.facts |= {"status": "ok", "reason": ""}
@@ -110,18 +126,17 @@ def predict(tasks: Sequence[Task], workers: Workers, limit: float, here: bool) -
     The first task with bootstraps shows how long keys and a beat take. here: whether the workers are on this machine,
     so that its memory is a limit too.
     """
-    compiled = [task for task in tasks if task.facts["status"] == "ok"]
-    for task in compiled:
+    ready = [task for task in tasks if task.facts["status"] == "ok"]
+    for task in ready:
         task.facts |= jobs.too_large(task.facts) if here else {}
-    first = next((task for task in compiled if task.facts["complexity"] and task.facts["status"] == "ok"), None)
+    first = next((task for task in ready if task.facts["complexity"] and task.facts["status"] == "ok"), None)
     per_unit = per_megabyte = 0.0
     if first:
         print("measuring the machine ...", flush=True)
-        ((_, result),) = workers.map(jobs.encrypt, [(first.configuration.key, [])])
-        first.facts |= DIED if result is LOST else result[0]
+        list(carry_out(workers, jobs.encrypt, [(first, 0, [])], tqdm(disable=True)))
         per_unit = first.facts.get("warm_up_seconds", 0.0) / first.facts["complexity"]
         per_megabyte = first.facts.get("keygen_time", 0.0) / first.facts["evaluation_keys_MB"]
-    for task in compiled:
+    for task in ready:
         each = task.facts["predicted_seconds"] = task.facts["complexity"] * per_unit
         if each > limit:
             reason = f"predicted {each:.0f} s per beat, over --max-seconds {limit:g}"
@@ -144,19 +159,12 @@ def print_plan(tasks: Sequence[Task], finished: int) -> None:
     print(f"about {minutes:.1f} min", flush=True)
 
 
-def measure_all(tasks: Sequence[Task], workers: Workers, results: Results | None) -> None:
-    """Add accuracies to the facts of each task, and store all facts in `results`."""
+def measure_all(tasks: Sequence[Task], workers: Workers) -> Iterator[tuple[Task, np.ndarray | None]]:
+    """Add accuracies to the facts of each task, and yield it with its cleartext logits (n,) where they are new."""
     new = [task for task in tasks if "complexity" in task.facts and not task.measured]
-    for task in tasks:
-        if results and task not in new:
-            task.store(results)
+    yield from ((task, None) for task in tasks if task not in new)
     with tqdm(total=len(new), desc="cleartext", unit="network", disable=not new) as bar:
-        for number, result in carry_out(workers, jobs.measure, [(task.configuration.key,) for task in new], bar):
-            facts, clear = (DIED, None) if result is LOST else result
-            new[number].facts |= facts
-            if results:
-                new[number].store(results, clear)
-            bar.update()
+        yield from carry_out(workers, jobs.measure, [(task, 1) for task in new], bar)
 
 
 def encrypt_all(tasks: Sequence[Task], workers: Workers, results: Results) -> None:
@@ -164,22 +172,16 @@ def encrypt_all(tasks: Sequence[Task], workers: Workers, results: Results) -> No
 
     The bar counts predicted seconds, so that the time left follows from those measured so far.
     """
-    runnable, handed = [task for task in tasks if task.runnable], []
-    each = [task.seconds / len(task.rows) for task in runnable]
+    runnable = [task for task in tasks if task.runnable]
     done, everything = 0, sum(len(task.rows) for task in runnable)
 
-    def coming() -> Iterator[tuple[str, list[np.ndarray]]]:
-        for number, task in enumerate(runnable):
-            for calls in task.calls():
-                handed.append(number)
-                yield task.configuration.key, calls
+    def coming() -> Iterator[tuple[Task, float, list[np.ndarray]]]:
+        for task in runnable:
+            each = task.seconds / len(task.rows)
+            yield from ((task, each * sum(map(len, calls)), calls) for calls in task.calls())
 
     with tqdm(total=sum(task.seconds for task in runnable), desc="encrypted", bar_format=BAR, smoothing=0.1) as bar:
-        for number, result in carry_out(workers, jobs.encrypt, coming(), bar):
-            task = runnable[handed[number]]
-            facts, runs = (DIED, []) if result is LOST else result
-            task.facts |= facts
-            task.store(results, runs=runs)
-            done += len(runs)
+        for task, runs in carry_out(workers, jobs.encrypt, coming(), bar):
+            task.store(results, runs=runs or ())
+            done += len(runs or ())
             bar.set_postfix_str(f"{done} of {everything} rows; {task.configuration.label}", refresh=False)
-            bar.update(each[handed[number]] * len(runs))

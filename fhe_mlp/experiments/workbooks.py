@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import math
 from collections.abc import Mapping
@@ -20,29 +19,25 @@ PAGE_CHARACTERS = 200  # of a row on one printed page; more take another page, w
 HEADER_COLOUR = "1F4E79"
 
 
-@functools.cache
-def column_table() -> pd.DataFrame:
-    """Return columns.csv: name (or pattern), sheets, number format and meaning of every column, in their order."""
-    return pd.read_csv(Path(__file__).with_name("columns.csv"), dtype=str, keep_default_na=False)
+# Name (or pattern), sheets, number format and meaning of every column, in their order.
+COLUMNS = pd.read_csv(Path(__file__).with_name("columns.csv"), dtype=str, keep_default_na=False)
 
 
 def columns_of(sheet: str) -> list[str]:
     """Return the names of the columns of a sheet, in their order."""
-    table = column_table()
-    return [name for name, sheets in zip(table["name"], table["sheets"]) if sheet in sheets.split()]
+    return [name for name, sheets in zip(COLUMNS["name"], COLUMNS["sheets"]) if sheet in sheets.split()]
 
 
 def number_format(column: str) -> str:
     """Return the number format of a column; what follows a comma is the folder of its figures."""
-    table, name = column_table(), column.split(", ")[0]
-    formats = (f for pattern, f in zip(table["name"], table["format"]) if f and fnmatch(name, pattern))
+    name = column.split(", ")[0]
+    formats = (f for pattern, f in zip(COLUMNS["name"], COLUMNS["format"]) if f and fnmatch(name, pattern))
     return next(formats, "General")
 
 
 def meanings() -> dict[str, str]:
     """Return what columns mean, for a settings sheet."""
-    table = column_table()
-    return {name: meaning for name, meaning in zip(table["name"], table["meaning"]) if meaning}
+    return {name: meaning for name, meaning in zip(COLUMNS["name"], COLUMNS["meaning"]) if meaning}
 
 
 def settings_sheet(settings: Mapping[str, Any]) -> pd.DataFrame:

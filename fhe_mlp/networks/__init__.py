@@ -16,14 +16,13 @@ from fhe_mlp.networks.fitting import (
 )
 from fhe_mlp.networks.mlp import (
     MLP,
+    STEP_4,
     Layers,
     by_rank,
     check_features,
-    claimed_bytes,
     load_mlp,
     load_onnx_mlp,
     load_with_data,
-    open_h5,
-    read_graph,
+    refusing,
 )
 from fhe_mlp.networks.pruning import replace_neurons, revive, share_neurons, shrink

@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
-import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import h5py
 import numpy as np
 
 from fhe_mlp.cli import InputError, whole_file
@@ -23,26 +21,18 @@ from fhe_mlp.networks.mlp import MLP
 if TYPE_CHECKING:
     import tf_keras
 
-START_UP_NOISE = re.compile(
-    r"^I\d{4} | I tensorflow|Unable to register cu|computation placer already|cuInit|"
-    r"All log messages before absl|^To enable the following instructions"
-)
-
 
 @contextlib.contextmanager
 def quiet_tensorflow() -> Iterator[None]:
-    """Drop TensorFlow's start-up messages; what else its C++ side writes to stderr is shown when the block ends."""
+    """Discard what is written to stderr while TensorFlow starts or converts; errors are exceptions."""
     keep = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)  # C++ writes past Python's sys.stderr
-        try:
-            yield
-        finally:
-            os.dup2(keep, 2)
-            os.close(keep)
-            held.seek(0)
-            lines = held.read().decode(errors="replace").splitlines(keepends=True)
-            sys.stderr.writelines(line for line in lines if not START_UP_NOISE.search(line))
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)  # C++ writes past Python's sys.stderr
+    try:
+        yield
+    finally:
+        os.dup2(keep, 2)
+        os.close(keep)
 
 
 def start_tensorflow(seed: int) -> Any:
@@ -82,10 +72,7 @@ def to_keras(mlp: MLP) -> tf_keras.Sequential:
 
 
 def to_train(mlp: MLP, seed: int) -> tf_keras.Sequential:
-    """Return a Keras model whose output is the probability of the labels, which know nothing of a threshold.
-
-    seed: of all random numbers of its training but the draws.
-    """
+    """Return a Keras model of the labels, which know no threshold; seed: of all that is random but the draws."""
     import tf_keras
 
     tf_keras.utils.set_random_seed(seed)
@@ -99,12 +86,10 @@ def trained(model: tf_keras.Sequential, mlp: MLP) -> MLP:
 
 
 def h5_bytes(mlp: MLP) -> bytes:
-    """Return the network as the content of an .h5 file that Keras loads. Raises InputError for NaN weights.
+    """Return the content of an .h5 file that Keras loads too. Raises InputError for NaN weights.
 
-    Made in memory: the HDF5 library breaks down on a full disk; ordinary writing only fails.
+    Made in memory: the HDF5 library breaks down on a full disk, ordinary writing only fails.
     """
-    import h5py
-
     if not all(np.isfinite(w).all() for layer in mlp.layers for w in layer):
         raise InputError("training ended in NaN or infinite weights, nothing was written; lower --learning-rate")
     model, buffer = to_keras(mlp), io.BytesIO()
@@ -149,11 +134,9 @@ def training_draws(data: Dataset, batch_size: int, seed: int) -> tf_keras.utils.
     """Return batches for Keras's fit: training rows drawn with their probability, anew in every epoch of epoch_rows."""
     import tf_keras
 
-    (X, y), probability = (data.train.X, data.train.y), data.draw
+    X, y = data.train.X, data.train.y
 
     class Draws(tf_keras.utils.Sequence):
-        """Keras asks for the batches of an epoch by number."""
-
         def __init__(self) -> None:
             super().__init__()
             self.rng = np.random.default_rng(seed)
@@ -167,6 +150,6 @@ def training_draws(data: Dataset, batch_size: int, seed: int) -> tf_keras.utils.
             return X[chosen], y[chosen]
 
         def on_epoch_end(self) -> None:
-            self.rows = self.rng.choice(len(X), epoch_rows(y), p=probability)
+            self.rows = self.rng.choice(len(X), epoch_rows(y), p=data.draw)
 
     return Draws()

@@ -11,17 +11,8 @@ from fhe_mlp.networks.mlp import Layers
 RIDGE = 1e-3  # squared logits and squared sd; keeps a column that is nearly the sum of others from a huge share
 
 
-def zero_counts(layers: Layers, index: int) -> np.ndarray:
-    """Return the zero weights (neurons,) of each neuron of hidden layer `index`, incoming plus outgoing."""
-    incoming, outgoing = layers[index][0], layers[index + 1][0]
-    return (incoming == 0).sum(axis=0) + (outgoing == 0).sum(axis=1)
-
-
 def saliency(layers: Layers, index: int) -> np.ndarray:
-    """Return the norm of the incoming times the norm of the outgoing weights (neurons,) of hidden layer `index`.
-
-    A ReLU neuron can be rescaled without effect, which leaves this product as it is.
-    """
+    """Return the norm of the incoming times that of the outgoing weights (neurons,), which no rescaling changes."""
     incoming, outgoing = layers[index][0], layers[index + 1][0]
     return np.linalg.norm(incoming, axis=0) * np.linalg.norm(outgoing, axis=1)
 
@@ -35,10 +26,8 @@ def remove_neurons(layers: Layers, index: int, keep: np.ndarray, activation: np.
     (kernel, bias), (next_kernel, next_bias) = layers[index], layers[index + 1]
     gone = np.setdiff1d(np.arange(kernel.shape[1]), keep)
     constant = activation[:, gone].mean(axis=0, dtype=np.float64) @ next_kernel[gone]
-    changed = list(layers)
-    changed[index] = (kernel[:, keep], bias[keep])
-    changed[index + 1] = (next_kernel[keep], (next_bias + constant).astype(next_bias.dtype))
-    return changed
+    following = (next_kernel[keep], (next_bias + constant).astype(next_bias.dtype))
+    return [*layers[:index], (kernel[:, keep], bias[keep]), following, *layers[index + 2 :]]
 
 
 def drop_layer(layers: Layers, index: int, X: np.ndarray) -> Layers:
@@ -55,8 +44,7 @@ def drop_layer(layers: Layers, index: int, X: np.ndarray) -> Layers:
 def shrink(layers: Layers, widths: Sequence[int], X: np.ndarray) -> Layers:
     """Return the network whose hidden layers have `widths` neurons, none where it is 0; X: training rows (n, features).
 
-    Neurons with most zero weights are removed first; among equals, and in a network without zeros, those of the least
-    saliency.
+    Neurons with most zero weights, incoming and outgoing, are removed first, and among equals those of least saliency.
     """
     index = 0
     for width in widths:
@@ -65,8 +53,8 @@ def shrink(layers: Layers, widths: Sequence[int], X: np.ndarray) -> Layers:
             continue
         kernel, bias = layers[index]
         activation = np.maximum(X @ kernel + bias, 0)
-        order = np.lexsort((-saliency(layers, index), zero_counts(layers, index)))
-        keep = np.sort(order[:width])
+        zeros = (kernel == 0).sum(axis=0) + (layers[index + 1][0] == 0).sum(axis=1)
+        keep = np.sort(np.lexsort((-saliency(layers, index), zeros))[:width])
         layers = remove_neurons(layers, index, keep, activation)
         X = activation[:, keep]
         index += 1

@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import io
-import operator
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import h5py
 import numpy as np
 
-from fhe_mlp.cli import InputError, first_line
-from fhe_mlp.networks import claimed_bytes, open_h5, read_graph
-from fhe_mlp.quantized.network import MOST_SUM_BITS, QuantizedNetwork
+from fhe_mlp.networks import STEP_4, refusing
+from fhe_mlp.quantized.network import QuantizedNetwork
 
 if TYPE_CHECKING:
     import onnx
 
 OPSET = 14  # of the .onnx files
+NUMBERS = {f.name: {"int": int, "float": float}[f.type] for f in fields(QuantizedNetwork) if f.type != "np.ndarray"}
 
 
 # ------------------------------------------------------------------------------------------------------------ .h5 files
 def add_networks(content: bytes, networks: Iterable[QuantizedNetwork]) -> bytes:
     """Return the .h5 file `content` of a float network with the networks quantized from it in its group "quantized"."""
-    import h5py
-
     buffer = io.BytesIO(content)
     with h5py.File(buffer, "r+") as file:
         for network in networks:
             group = file.create_group(f"quantized/{network.bits}")
             for field in fields(network):
-                store = group if field.type == "np.ndarray" else group.attrs
+                store = group.attrs if field.name in NUMBERS else group
                 store[field.name] = getattr(network, field.name)
     return buffer.getvalue()
 
@@ -41,25 +39,12 @@ def read_networks(path: Path, made_by: str) -> list[QuantizedNetwork]:
 
     made_by: the command that makes the file. Raises InputError for a damaged group.
     """
-    types = {"int": operator.index, "float": float}
-    try:
-        networks, claimed = [], 0
-        with open_h5(path) as file:
-            for group in file.get("quantized", {}).values():
-                values: dict[str, Any] = {}
-                for field in fields(QuantizedNetwork):
-                    if field.type in types:
-                        values[field.name] = types[field.type](group.attrs[field.name])
-                        continue
-                    claimed += claimed_bytes(group[field.name], path)
-                    if claimed > path.stat().st_size:  # also where many names stand for the same values
-                        raise ValueError("its arrays claim to be larger than the file")
-                    values[field.name] = group[field.name][()]
-                networks.append(QuantizedNetwork(**values))
-        return networks
-    except Exception as error:  # HDF5 and NumPy raise a dozen unrelated types
-        reason = first_line(error)
-        raise InputError(f"{path}: its quantized networks are damaged ({reason}); make it with: {made_by}") from None
+    found = []
+    with refusing(path, "file of quantized networks", made_by), h5py.File(path) as file:
+        for group in file.get("quantized", {}).values():
+            values = {name: kind(group.attrs[name]) for name, kind in NUMBERS.items()}
+            found.append(QuantizedNetwork(**values, **{name: array[()] for name, array in group.items()}))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------- .onnx files
@@ -122,44 +107,31 @@ def to_onnx(network: QuantizedNetwork) -> onnx.ModelProto:
     inputs = [helper.make_tensor_value_info("features", TensorProto.FLOAT, [None, network.features])]
     graph = helper.make_graph(nodes, "quantized_network", inputs, outputs, constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
-    numbers = {f.name: repr(getattr(network, f.name)) for f in fields(network) if f.type in ("int", "float")}
-    helper.set_model_props(model, numbers)
+    helper.set_model_props(model, {name: repr(getattr(network, name)) for name in NUMBERS})
     onnx.checker.check_model(model, full_check=True)
     return model
 
 
-def from_onnx(model: onnx.ModelProto) -> QuantizedNetwork:
-    """Return the network that `to_onnx` wrote. Raises ValueError, KeyError or others for another graph."""
+def load_onnx(path: Path, features: int) -> QuantizedNetwork:
+    """Return the network in an .onnx file that to_onnx has made. Raises InputError for anything else."""
+    import onnx
     from onnx import numpy_helper
 
-    facts = {entry.key: entry.value for entry in model.metadata_props}
-    values = {value.name: numpy_helper.to_array(value) for value in model.graph.initializer}
-    types = {"int": int, "float": float}
-    numbers = {f.name: types[f.type](facts[f.name]) for f in fields(QuantizedNetwork) if f.type in types}
-    if max(numbers["accumulator_bits"], numbers["rounding_bits"]) > MOST_SUM_BITS:  # before they are powers of 2
-        raise ValueError("a number of bits that no network has")
-    linear, entries = values["linear_weights"][:, 0], 2 ** numbers["rounding_bits"]
-    unit = 2 ** max(0, numbers["accumulator_bits"] - numbers["rounding_bits"])
-    start = entries // 2 * unit + unit // 2
-    arrays = {
-        "weights": values.get("weights", np.zeros((len(linear), 0))),
-        "bias": values.get("bias", np.zeros(0) + start) - start,
-        "tables": values.get("entries", np.zeros((entries, 0)))[:entries].T,
-        "linear": linear,
-    }
-    network = QuantizedNetwork(**numbers, **{name: value.astype(np.int32) for name, value in arrays.items()})
-    if to_onnx(network) != model:
-        raise ValueError("is another graph than step 4 writes")
-    return network
-
-
-def load_onnx(path: Path, features: int) -> QuantizedNetwork:
-    """Return the network in an .onnx file of step 4. Raises InputError for anything else."""
-    remedy = "make it with: python h5_onnx_converter.py"
-    try:
-        network = from_onnx(read_graph(path))
+    with refusing(path, "quantized network", STEP_4):
+        model = onnx.load_model(path)
+        facts = {entry.key: entry.value for entry in model.metadata_props}
+        numbers = {name: kind(facts[name]) for name, kind in NUMBERS.items()}
+        values = {value.name: numpy_helper.to_array(value) for value in model.graph.initializer}
+        entries, unit = 2 ** numbers["rounding_bits"], values.get("unit", 1)
+        arrays = {
+            "weights": values.get("weights", np.zeros((features, 0))),
+            "bias": values.get("bias", np.zeros(0)) - (entries // 2 * unit + unit // 2),
+            "tables": values.get("entries", np.zeros((entries, 0)))[:entries].T,
+            "linear": values["linear_weights"][:, 0],
+        }
+        network = QuantizedNetwork(**numbers, **{name: value.astype(np.int32) for name, value in arrays.items()})
         if network.features != features:
             raise ValueError(f"{network.features} features; the arrays have {features}")
-        return network
-    except Exception as error:
-        raise InputError(f"{path}: is not a valid quantized network ({first_line(error)}); {remedy}") from None
+        if to_onnx(network) != model:
+            raise ValueError("another graph than step 4 writes")
+    return network

@@ -6,16 +6,14 @@ Networks are told apart by their rate, the percentage of neurons that were remov
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from fhe_mlp.dataset import Dataset
 from fhe_mlp.networks import MLP, stream
 from fhe_mlp.quantized.network import SAME_COST, QuantizedNetwork
-from fhe_mlp.quantized.training import Ensemble, Form, Lesson
 
 PENALTIES = (0.001, 0.01, 0.1, 1.0)  # C of logistic regression, tried on validation rows from strong to weak
 PENALTY_UNSEEN = 3e-4  # best on folds over the patients of DS1; five validation records cannot tell
@@ -23,6 +21,31 @@ ITERATIONS = 400  # of logistic regression at most
 REMOVAL_ROWS = 3000  # training rows that show which neurons the others can replace
 RANKING = "ranking_balanced_accuracy_simulated"  # by which networks are chosen and ranked
 Quantized = dict[int, pd.DataFrame]  # by rate, the rows of `candidates`
+
+
+@dataclass(frozen=True)
+class Form:
+    """Settings that the networks of an ensemble share, and the bits of each member's weights."""
+
+    bits: Sequence[int]
+    rounding_bits: int  # leading bits of each accumulator that its bootstrap sees
+    p_error: float  # probability that this is off by a step, which training adds as noise
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """Data, targets and settings of an ensemble's training.
+
+    targets: probabilities (n,) for the training rows, a teacher's (Hinton, Vinyals & Dean, arXiv:1503.02531) or the
+    labels; noise: standard deviation that is added to the features; shift: what the threshold has added to the logits
+    of the teacher (MLP.shift).
+    """
+
+    data: Dataset
+    targets: np.ndarray
+    noise: float
+    epochs: int
+    shift: float = 0.0
 
 
 def fit_linear(data: Dataset, noise: float, seed: int) -> MLP:
@@ -49,26 +72,16 @@ def candidates(networks: Sequence[QuantizedNetwork], data: Dataset) -> pd.DataFr
     each number of bits is "chosen".
     """
     rows = []
-    for number, network in enumerate(networks):
-        trial = sum(other.bits == network.bits for other in networks[:number])
-        row = {"bits": network.bits, "trial": trial, "rounding_bits": network.rounding_bits}
-        row |= {"p_error": network.p_error, "pbs": network.neurons}
-        row["predicted_complexity"] = network.predicted_complexity
+    for network in networks:
+        row = {name: getattr(network, name) for name in ("bits", "rounding_bits", "p_error")}
+        row |= {"pbs": network.neurons, "predicted_complexity": network.predicted_complexity}
         for name, part in (("val", data.val), ("test", data.test), ("ranking", data.ranking)):
             row[f"{name}_balanced_accuracy"] = network.balanced_accuracy(part)
             row[f"{name}_balanced_accuracy_simulated"] = network.noisy_balanced_accuracy(part)
         rows.append({**row, "network": network})
-    table = pd.DataFrame(rows).sort_values(["bits", "trial"], ignore_index=True)
-    table["chosen"] = False
-    table.loc[table.groupby("bits")[RANKING].idxmax(), "chosen"] = True
-    return table
-
-
-def train_members(ensemble: Ensemble, lesson: Lesson, seed: int, title: str) -> list[QuantizedNetwork]:
-    """Train an ensemble behind a progress bar and return its members as integers."""
-    with tqdm(total=lesson.epochs, desc=title, unit="epoch") as bar:
-        ensemble.train(lesson, seed, bar)
-    return ensemble.networks(lesson.data.train.X)
+    table = pd.DataFrame(rows).sort_values("bits", kind="stable", ignore_index=True)
+    table.insert(1, "trial", table.groupby("bits").cumcount())
+    return table.assign(chosen=table.index.isin(table.groupby("bits")[RANKING].idxmax()))
 
 
 def quantize_linear(mlp: MLP, form: Form, lesson: Lesson, seed: int) -> pd.DataFrame:
@@ -76,9 +89,13 @@ def quantize_linear(mlp: MLP, form: Form, lesson: Lesson, seed: int) -> pd.DataF
 
     Trial 0 is the network rounded, which can be enough; trial 1 is trained after that.
     """
-    ensemble = Ensemble(mlp.layers, replace(form, bits=sorted(set(form.bits))), lesson.data.train.X)
-    rounded = ensemble.networks(lesson.data.train.X)
-    return candidates([*rounded, *train_members(ensemble, lesson, seed, "linear")], lesson.data)
+    from fhe_mlp.quantized.training import Ensemble
+
+    X = lesson.data.train.X
+    ensemble = Ensemble(mlp.layers, replace(form, bits=sorted(set(form.bits))), X)
+    rounded = ensemble.networks(X)
+    ensemble.train(lesson, seed, "linear")
+    return candidates([*rounded, *ensemble.networks(X)], lesson.data)
 
 
 def quantize_tables(neurons: dict[int, int], start: MLP, form: Form, lesson: Lesson, seed: int) -> Quantized:
@@ -87,15 +104,18 @@ def quantize_tables(neurons: dict[int, int], start: MLP, form: Form, lesson: Les
     start: of one hidden layer. Each starts from the one before, from which the neurons are removed that the others
     replace best.
     """
-    ensemble, found = Ensemble(start.layers, form, lesson.data.train.X), {}
+    from fhe_mlp.quantized.training import Ensemble
+
+    X, found = lesson.data.train.X, {}
+    ensemble = Ensemble(start.layers, form, X)
     wanted = {rate: count for rate, count in sorted(neurons.items()) if 0 < count <= ensemble.neurons}
     if wanted:
-        train_members(ensemble, lesson, stream(seed, 0), f"{ensemble.neurons} tables")
-    rows = np.random.default_rng(seed).choice(len(lesson.targets), REMOVAL_ROWS, p=lesson.data.draw)
+        ensemble.train(lesson, stream(seed, 0), f"{ensemble.neurons} tables")
+    rows = np.random.default_rng(seed).choice(len(X), REMOVAL_ROWS, p=lesson.data.draw)
     for rate, count in wanted.items():
-        ensemble.remove(count, lesson.data.train.X[rows])
-        title = f"{rate} % removed, {count} tables"
-        found[rate] = candidates(train_members(ensemble, lesson, stream(seed, rate), title), lesson.data)
+        ensemble.remove(count, X[rows])
+        ensemble.train(lesson, stream(seed, rate), f"{rate} % removed, {count} tables")
+        found[rate] = candidates(ensemble.networks(X), lesson.data)
     return found
 
 

@@ -3,24 +3,25 @@
 Members of an ensemble, each of its own number of bits, are trained side by side as one batch, which is fast: each
 variable of all is one tensor with a leading axis (members,). What a neuron's table holds is learned too: under TFHE a
 bootstrap computes any table at the same cost, so the weights that would follow an activation are part of its table.
+This module imports TensorFlow, and is itself imported only where networks are trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import tensorflow as tf
+import tf_keras
 from scipy import special
+from tqdm import tqdm
 
-from fhe_mlp.dataset import Dataset
 from fhe_mlp.networks import Layers, balanced_weights, epoch_rows, replace_neurons
-from fhe_mlp.quantized.network import MOST_SUM_BITS, QuantizedNetwork, noise_steps, signed_bits
+from fhe_mlp.quantized.network import QuantizedNetwork, noise_steps, signed_bits
 from fhe_mlp.scaling import CLIP_SD, quantize
 
 if TYPE_CHECKING:
-    import tensorflow as tf
+    from fhe_mlp.quantized.selection import Form, Lesson
 
 INPUT_BITS = 5  # of the features at least
 BATCH_SIZE = 128  # beats a gradient step
@@ -33,42 +34,12 @@ SUM_STEP = 1 / 16  # of the sum and the tables, in logits, at least; 9 bits reac
 MOST_STEPS = 2 ** (SUM_BITS - 1) - 1  # of a table's entry or a sum, on each side of 0
 MOST = SUM_STEP * MOST_STEPS  # the same in logits
 COARSER = 1.02  # factor by which the step of a network whose sums need more bits grows, until they do not
-VALUES_AT_ONCE = 2_000_000  # of features, in the memory of all members
-FITTING_ROUNDS = 2  # the second sees what rounding the weights anew has moved
 LEAST_CURVATURE = 0.02  # of the loss, of a row whose decision is certain, when neurons are removed
 SMOOTHNESS = 2e-4  # weight of the squared second differences of the tables (2e-3: 0.2 points less on validation rows)
-Noise = Callable[[Any], Any] | None  # what draws the noise of accumulators for a shape; None: no noise
-
-
-@dataclass(frozen=True)
-class Form:
-    """Settings that the networks of an ensemble share, and the bits of each member's weights."""
-
-    bits: Sequence[int]
-    rounding_bits: int  # leading bits of each accumulator that its bootstrap sees
-    p_error: float  # probability that this is off by a step, which training adds as noise
-
-
-@dataclass(frozen=True, eq=False)
-class Lesson:
-    """Data, targets and settings of an ensemble's training.
-
-    targets: probabilities (n,) for the training rows, a teacher's (Hinton, Vinyals & Dean, arXiv:1503.02531) or the
-    labels; noise: standard deviation that is added to the features; shift: what the threshold has added to the logits
-    of the teacher (MLP.shift).
-    """
-
-    data: Dataset
-    targets: np.ndarray
-    noise: float
-    epochs: int
-    shift: float = 0.0
 
 
 def straight_through(x: tf.Tensor, rounded: tf.Tensor) -> tf.Tensor:
     """Return `rounded` with the gradient of `x` (Bengio, Leonard & Courville, arXiv:1308.3432)."""
-    import tensorflow as tf
-
     return x + tf.stop_gradient(rounded - x)
 
 
@@ -78,8 +49,6 @@ def generalized_cross_entropy(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor
     Zhang & Sabuncu, NeurIPS 2018 (arXiv:1805.07836), with q = LOSS_POWER; cross-entropy is its limit for q = 0. A beat
     that a small network cannot get right costs at most 1 / q, so that it does not pull the others over the threshold.
     """
-    import tensorflow as tf
-
     loss = (-tf.math.expm1(LOSS_POWER * tf.math.log_sigmoid(sign * logits)) / LOSS_POWER for sign in (1, -1))
     return labels * next(loss) + (1 - labels) * next(loss)
 
@@ -107,7 +76,7 @@ class Ensemble:
     def _linear_start(self, kernel: np.ndarray, offset: np.ndarray) -> dict[str, np.ndarray]:
         """Return what is trained without neurons, each with the leading axis (members,)."""
         kernel = np.broadcast_to(kernel, (len(self.bits), *kernel.shape))
-        scale = np.log(best_scale(kernel, self.top, 2))
+        scale = np.log(best_scale(kernel, self.top, (1, 2)))
         return {"linear": kernel, "linear_scale": scale, "offset": np.full((len(self.bits), 1, 1), offset[0])}
 
     def _tables_start(self, layers: Layers, X: np.ndarray) -> dict[str, np.ndarray]:
@@ -115,11 +84,16 @@ class Ensemble:
         (kernel, bias), (outgoing, offset) = layers
         members, features, real = len(self.bits), len(kernel), X @ kernel
         kernel = np.broadcast_to(kernel, (members, *kernel.shape))
-        finest = best_scale(kernel, self.top, 1)
-        middle, scale, self.range_bits = self.range_of(real[None], finest)
+        # The accumulators, which stand for `real`, fill a power-of-two range, and no scale is finer than fits.
+        finest, middle = best_scale(kernel, self.top, (1,)), (real.max(0) + real.min(0)) / 2
+        reach = np.abs(real - middle).max(0) / (1 - ROOM / self.half)
+        reach = np.maximum(reach, self.input_step * finest)  # of a neuron whose accumulator never changes
+        aim = np.round(np.log2(reach / (self.input_step * finest)).mean(2, keepdims=True) + 0.25)
+        scale, self.range_bits = np.maximum(finest, reach / (self.input_step * 2.0**aim)), aim + 1
+        self.unit = (2.0 ** np.maximum(self.range_bits - self.form.rounding_bits, 0)).astype(self.dtype)  # of rounding
         k = np.arange(-self.half, self.half)[:, None]
         reached = (self.unit * self.input_step * scale).swapaxes(1, 2)  # by a step of k
-        outputs = np.maximum(reached * k[:, 0] + (bias + middle[0, 0])[:, None], 0) * outgoing
+        outputs = np.maximum(reached * k[:, 0] + (bias + middle)[:, None], 0) * outgoing
         return {
             "kernel": kernel,
             "scale": np.log(scale),
@@ -131,8 +105,6 @@ class Ensemble:
         }
 
     def _set(self, values: dict[str, np.ndarray]) -> None:
-        import tensorflow as tf
-
         self.parts = {name: tf.Variable(value, dtype=self.dtype) for name, value in values.items()}
 
     def _values(self) -> dict[str, np.ndarray]:
@@ -140,50 +112,18 @@ class Ensemble:
 
     @property
     def neurons(self) -> int:
-        """Neurons of each member."""
         return self.parts["kernel"].shape[2] if "kernel" in self.parts else 0
-
-    @property
-    def unit(self) -> np.ndarray:
-        """Rounding unit (members, 1, 1) of the accumulators in training, whose range is power-of-two."""
-        return (2.0 ** np.maximum(self.range_bits - self.form.rounding_bits, 0)).astype(self.dtype)
-
-    def range_of(self, real: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Choose how the accumulators that stand for `real` (members, n, neurons) fill a power-of-two range.
-
-        scale: what 1 of a weight stands for. Returns the middle (members, 1, neurons) of each neuron's range, the scale
-        of its weights, no finer than fits, and the bits (members, 1, 1) of the range.
-        """
-        middle = (real.max(1, keepdims=True) + real.min(1, keepdims=True)) / 2
-        reach = np.abs(real - middle).max(1, keepdims=True) / (1 - ROOM / self.half)
-        reach = np.maximum(reach, self.input_step * scale)  # of a neuron whose accumulator never changes
-        aim = np.round(np.log2(reach / (self.input_step * scale)).mean(2, keepdims=True) + 0.25)
-        return middle, np.maximum(scale, reach / (self.input_step * 2.0**aim)), aim + 1
 
     def inputs(self, X: Any) -> tf.Tensor:
         """Return the features (members, n, features), in steps of the input, of rows X (n, features)."""
-        import tensorflow as tf
-
         top = largest_integer(self.input_bits)
         return tf.clip_by_value(tf.round(tf.cast(X, self.dtype)[None] / self.input_step), -top, top)
 
-    def path(self, x: tf.Tensor) -> tf.Tensor:
-        """Return the logits (members, n) of the linear path for the inputs x."""
-        import tensorflow as tf
-
-        parts = self.parts
-        scale = tf.exp(parts["linear_scale"])
-        weights = tf.clip_by_value(parts["linear"] / scale, -self.top, self.top)
-        logits = x @ straight_through(weights, tf.round(weights)) * self.input_step * scale
-        return (logits + parts["offset"])[..., 0]
-
-    def outputs(self, x: tf.Tensor, noise: Noise = None) -> tuple[tf.Tensor, tf.Tensor]:
+    def outputs(self, x: tf.Tensor, noise: tf.random.Generator | None = None) -> tuple[tf.Tensor, tf.Tensor]:
         """Return the tables' outputs (members, n, neurons), in logits, for the inputs x, and a penalty (members,).
 
         The penalty is on accumulators that reach the minimum or maximum of their range.
         """
-        import tensorflow as tf
-
         parts, step, scale = self.parts, self.input_step, tf.exp(self.parts["scale"])
         weights = tf.clip_by_value(parts["kernel"] / scale, -self.top, self.top)
         bias = parts["bias"] / (step * scale)
@@ -192,7 +132,7 @@ class Ensemble:
         reach = tf.reduce_max(tf.abs(steps), axis=1, keepdims=True) / self.half
         penalty = tf.reduce_mean(tf.nn.relu(reach - (1 - ROOM / self.half)), axis=(1, 2))
         if noise:
-            steps += noise(tf.shape(steps))
+            steps += noise_steps(self.form.p_error) * noise.normal(tf.shape(steps), dtype=self.dtype)
         steps = tf.clip_by_value(steps, -self.half, self.half - 1)
         below = tf.stop_gradient(tf.minimum(tf.floor(steps), self.half - 2))
         members, entries = len(self.bits), 2 * self.half
@@ -204,28 +144,26 @@ class Ensemble:
         entry = SUM_STEP * tf.round(tf.clip_by_value(tf.where(share >= 0.5, high, low), -MOST, MOST) / SUM_STEP)
         return straight_through(low + share * (high - low), entry), penalty
 
-    def forward(self, X: Any, noise: Noise = None) -> tuple[tf.Tensor, tf.Tensor]:
+    def forward(self, X: Any, noise: tf.random.Generator | None = None) -> tuple[tf.Tensor, tf.Tensor]:
         """Return the logits (members, n) of rows X (n, features), and what is added to the loss (members,).
 
-        noise: draws, for a shape, what is added to each accumulator, in rounding steps; None: nothing.
+        noise: draws that of p_error, which is added to each accumulator; None: there is none.
         """
-        import tensorflow as tf
-
-        x = self.inputs(X)
+        x, parts, scale = self.inputs(X), self.parts, tf.exp(self.parts["linear_scale"])
+        weights = tf.clip_by_value(parts["linear"] / scale, -self.top, self.top)
+        linear = x @ straight_through(weights, tf.round(weights)) * self.input_step * scale
+        logits = (linear + parts["offset"])[..., 0]
         if not self.neurons:
-            return self.path(x), tf.zeros(len(self.bits), self.dtype)
+            return logits, tf.zeros(len(self.bits), self.dtype)
         outputs, penalty = self.outputs(x, noise)
         total = tf.reduce_sum(outputs, axis=2)
         penalty += tf.nn.relu(tf.reduce_max(tf.abs(total), axis=1) / (MOST - SUM_STEP) - 1)
-        table = self.parts["table"]
+        table = parts["table"]
         bends = table[..., 2:] - 2 * table[..., 1:-1] + table[..., :-2]
-        return self.path(x) + total, penalty + SMOOTHNESS * tf.reduce_sum(bends**2, axis=(1, 2))
+        return logits + total, penalty + SMOOTHNESS * tf.reduce_sum(bends**2, axis=(1, 2))
 
-    def train(self, lesson: Lesson, seed: int, progress: Any = None) -> None:
-        """Train, and leave in each member the weights of its epoch of least validation loss. progress: a tqdm bar."""
-        import tensorflow as tf
-        import tf_keras
-
+    def train(self, lesson: Lesson, seed: int, title: str = "") -> None:
+        """Train, and leave in each member the weights of its epoch of least validation loss. title: of its bar."""
         train, val = lesson.data.train, lesson.data.val
         drawn = epoch_rows(train.y)
         steps = -(-drawn // BATCH_SIZE)
@@ -235,10 +173,6 @@ class Ensemble:
         optimizer.build(variables)
         rows, wanted = tf.constant(train.X, self.dtype), tf.constant(lesson.targets, self.dtype)
         rng, generator = np.random.default_rng(seed), tf.random.Generator.from_seed(seed, alg="philox")
-        rounding_sd = noise_steps(self.form.p_error)
-
-        def rounding_noise(shape: tf.Tensor) -> tf.Tensor:
-            return rounding_sd * generator.normal(shape, dtype=self.dtype)
 
         @tf.function
         def epoch(order: tf.Tensor) -> None:
@@ -247,7 +181,7 @@ class Ensemble:
                 batch = tf.gather(rows, chosen)
                 batch += lesson.noise * generator.normal(tf.shape(batch), dtype=self.dtype)
                 with tf.GradientTape() as tape:
-                    logits, penalty = self.forward(batch, rounding_noise)
+                    logits, penalty = self.forward(batch, generator)
                     labels = tf.broadcast_to(tf.gather(wanted, chosen), tf.shape(logits))
                     losses = generalized_cross_entropy(labels, logits)
                     loss = tf.reduce_sum(tf.reduce_mean(losses, axis=1) + penalty)
@@ -258,12 +192,12 @@ class Ensemble:
 
         @tf.function
         def validation_loss() -> tf.Tensor:
-            logits = self.forward(val.X, rounding_noise)[0] - lesson.shift  # labels have no threshold
+            logits = self.forward(val.X, generator)[0] - lesson.shift  # labels have no threshold
             losses = generalized_cross_entropy(labels_val, logits)
             return tf.reduce_mean(weights * losses, axis=1)
 
         best, kept = np.full(len(self.bits), np.inf), [variable.numpy() for variable in variables]
-        for _ in range(lesson.epochs):
+        for _ in tqdm(range(lesson.epochs), desc=title, unit="epoch"):
             epoch(tf.constant(rng.choice(len(train.y), drawn, p=lesson.data.draw)))
             if self.neurons:
                 self.fit_ranges(train.X)
@@ -271,40 +205,32 @@ class Ensemble:
             for old, new in zip(kept, variables):
                 old[loss < best] = new.numpy()[loss < best]
             best = np.minimum(best, loss)
-            if progress is not None:
-                progress.update()
-        for variable, value in zip(variables, kept):
-            variable.assign(value)
+        self._set(dict(zip(self.parts, kept)))
 
     def fit_ranges(self, X: np.ndarray) -> None:
         """Move and widen the range of each accumulator so that those of all rows X (n, features) lie in it.
 
         Batches show few of the extreme rows, and one accumulator out of its range costs all of its layer a bit.
         """
-        values = {name: value for name, value in self._values().items() if name in ("kernel", "scale", "bias", "table")}
-        k, parts = np.arange(-self.half, self.half), np.array_split(X, 1 + X.size // VALUES_AT_ONCE)
-        unit, step = self.unit, self.input_step
-        for _ in range(FITTING_ROUNDS):
+        values, unit, step, k = self._values(), self.unit, self.input_step, np.arange(-self.half, self.half)
+        parts = np.array_split(X, 1 + X.size // 2_000_000)  # features in the memory of all members
+        for _ in range(2):  # the second time sees what rounding the weights anew has moved
             scale = np.exp(values["scale"])
             bias = np.rint(values["bias"] / (step * scale))
-            weights = np.clip(np.rint(values["kernel"] / scale), -self.top, self.top)
-            ends = []
-            for part in parts:
-                accumulator = (self.inputs(part).numpy() @ weights.astype(self.dtype) + bias) / unit
-                ends += [accumulator.max(axis=1), accumulator.min(axis=1)]
-            highest, lowest = np.max(ends, axis=0)[:, None], np.min(ends, axis=0)[:, None]
+            weights = np.clip(np.rint(values["kernel"] / scale), -self.top, self.top).astype(self.dtype)
+            product = np.concatenate([self.inputs(part).numpy() @ weights for part in parts], axis=1)
+            highest, lowest = ((end(product, 1, keepdims=True) + bias) / unit for end in (np.max, np.min))
             shift = np.rint((highest + lowest) / 2)
             reach = np.maximum(np.maximum(highest - shift, shift - lowest) / (self.half - ROOM), 1)
             values["bias"] = (bias - shift * unit) * step * scale
             values["scale"] += np.log(reach)
             for m, n in zip(*np.nonzero((reach[:, 0] > 1) | (shift[:, 0] != 0))):
                 values["table"][m, n] = np.interp(k * reach[m, 0, n] + shift[m, 0, n], k, values["table"][m, n])
-        for name, value in values.items():
-            self.parts[name].assign(value)
+        for name in ("scale", "bias", "table"):
+            self.parts[name].assign(values[name])
 
     def remove(self, keep: int, rows: np.ndarray) -> None:
-        """Keep in each member the `keep` neurons that the others and the linear path replace worst over `rows`
-        (n, features), and have them replace the rest; see networks.replace_neurons.
+        """Keep in each member the neurons that networks.replace_neurons chooses over `rows` (n, features).
 
         A row counts by the curvature of the cross-entropy there, so most where the decision is open.
         """
@@ -338,10 +264,10 @@ class Ensemble:
                 none, entries = np.zeros((len(linear), 0), np.int32), 2 * self.half
                 tables = {"weights": none, "bias": none[0], "tables": np.zeros((0, entries), np.int32)}
                 tables |= {"table_step": 1.0, "rounding_bits": self.form.rounding_bits, "accumulator_bits": 0}
-            ends = {"linear": linear, "linear_scale": scale, "offset": float(part["offset"][0, 0])}
-            wide = {"tables_bits": MOST_SUM_BITS, "linear_bits": MOST_SUM_BITS}
             form = {"bits": bits, "p_error": self.form.p_error, "input_bits": input_bits, "input_step": step}
-            found.append(QuantizedNetwork(**form, **wide, **tables, **ends).fitted(X))
+            sums = {"linear": linear, "linear_scale": scale, "offset": float(part["offset"][0, 0])}
+            sums |= {"tables_bits": 0, "linear_bits": 0}  # which `fitted` finds
+            found.append(QuantizedNetwork(**form, **tables, **sums).fitted(X))
         return found
 
     def _integer_tables(self, part: dict[str, np.ndarray], m: int, X: np.ndarray) -> dict[str, Any]:
@@ -351,32 +277,27 @@ class Ensemble:
         rounds up out of its power-of-two range comes back at the other end when encrypted, and a range that lies to one
         side costs a bit. The step is the finest, of at least SUM_STEP, at which the sums of all rows keep to SUM_BITS.
         """
-        step, scale, trained_unit = self.input_step[m, 0, 0], np.exp(part["scale"]), self.unit[m]
+        step, scale, unit = self.input_step[m, 0, 0], np.exp(part["scale"]), int(self.unit[m, 0, 0])
         weights = integers(part["kernel"] / scale, self.bits[m, 0, 0])
         bias = np.rint(part["bias"][0] / (float(step) * scale[0])).astype(np.int32)
         x = quantize(X, int(self.input_bits[m, 0, 0]), float(step)).astype(np.float64)
         accumulator = x @ weights + bias
-        bits = int(self.range_bits[m, 0, 0])
         for _ in range(2):  # the second time with the unit that the bits turned out to have
-            unit = 2 ** max(0, bits - self.form.rounding_bits)
             middle = (accumulator.max(axis=0) + accumulator.min(axis=0)) / 2 + unit / 4  # the upper end rounds up
             shift = (np.round(middle / unit) * unit).astype(np.int32)
             bits = signed_bits(accumulator - shift)
-        unit = 2 ** max(0, bits - self.form.rounding_bits)
+            unit = 2 ** max(0, bits - self.form.rounding_bits)
         half = min(self.half, 2 ** (bits - 1))  # accumulators that need no rounding can have fewer entries
         k, trained = np.arange(-half, half), np.arange(-self.half, self.half)
-        places = ((k[:, None] * unit + shift) / trained_unit).T  # (neurons, entries), in units of training
+        places = ((k[:, None] * unit + shift) / self.unit[m]).T  # (neurons, entries), in units of training
         logits = np.clip([np.interp(p, trained, table) for p, table in zip(places, part["table"])], -MOST, MOST)
         index = np.clip(np.floor((accumulator - shift) / unit + 0.5).astype(int), -half, half - 1) + half
-        table_step = SUM_STEP
-        while True:
-            tables = np.rint(logits / table_step).astype(np.int32)
-            if np.abs(tables[np.arange(len(bias)), index].sum(axis=1)).max() <= MOST_STEPS:
-                break
+        table_step, tables = SUM_STEP, np.rint(logits / SUM_STEP)
+        while np.abs(tables[np.arange(len(bias)), index].sum(axis=1)).max() > MOST_STEPS:
             table_step *= COARSER
-        integers_of_tables = {"weights": weights, "bias": bias - shift, "tables": tables}
-        widths = {"rounding_bits": half.bit_length(), "accumulator_bits": bits}
-        return {**widths, "table_step": table_step, **integers_of_tables}
+            tables = np.rint(logits / table_step)
+        numbers = {"rounding_bits": half.bit_length(), "accumulator_bits": bits, "table_step": table_step}
+        return {**numbers, "weights": weights, "bias": bias - shift, "tables": tables.astype(np.int32)}
 
 
 def integers(weights: np.ndarray, bits: int) -> np.ndarray:
@@ -385,15 +306,13 @@ def integers(weights: np.ndarray, bits: int) -> np.ndarray:
     return np.clip(np.rint(weights), -top, top).astype(np.int32)
 
 
-def best_scale(kernel: np.ndarray, top: np.ndarray, axes: int) -> np.ndarray:
+def best_scale(kernel: np.ndarray, top: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
     """Return the weight scale (members, 1, neurons or 1) of least squared error, of 30 from 0.3 to 1 of the largest.
 
-    kernel: (members, inputs, neurons); top: the largest integer; axes: 1 for a scale a neuron, 2 for one for all.
+    kernel: (members, inputs, neurons); top: the largest integer; axes: those that share a scale.
     """
-    along = (1,) if axes == 1 else (1, 2)
-    largest = np.maximum(np.abs(kernel).max(along, keepdims=True), 1e-3) / top
-    candidates = [largest * share for share in np.linspace(0.3, 1, 30)]
-    errors = [
-        ((np.clip(np.round(kernel / c), -top, top) * c - kernel) ** 2).sum(along, keepdims=True) for c in candidates
-    ]
-    return np.take_along_axis(np.array(candidates), np.argmin(errors, axis=0)[None], axis=0)[0]
+    largest = np.maximum(np.abs(kernel).max(axes, keepdims=True), 1e-3) / top
+    candidates = np.multiply.outer(np.linspace(0.3, 1, 30), largest)
+    rounded = np.clip(np.round(kernel / candidates), -top, top) * candidates
+    best = ((rounded - kernel) ** 2).sum(tuple(axis + 1 for axis in axes), keepdims=True).argmin(0)
+    return np.take_along_axis(candidates, best[None], axis=0)[0]

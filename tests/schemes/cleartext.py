@@ -1,7 +1,5 @@
 """A scheme without any encryption, of linear networks, for tests: payloads are arrays that anybody can read."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import secrets
@@ -30,8 +28,7 @@ class Scheme:
         return network.neurons == 0
 
     def cost(self):
-        costs = {"pbs": 0, "complexity": 0.0, "security_bits": 0}
-        return {**costs, "widest_integer_bits": 64, "evaluation_keys_MB": 36e-6}
+        return dict.fromkeys(("pbs", "complexity", "security_bits", "widest_integer_bits", "evaluation_keys_MB"), 0)
 
     def simulate(self, X):
         return self.network.logits(X)
@@ -43,13 +40,15 @@ class Scheme:
         return self.network.linear.astype(np.int64).tobytes()
 
     def client(self):
-        return Client(self.numbers, self.client_part())
+        return Client(self.numbers, b"")
 
     def server(self):
         return Server(self.server_part())
 
 
 class Client:
+    check = staticmethod(check)
+
     def __init__(self, numbers, content):
         self.numbers = numbers
 
@@ -75,11 +74,10 @@ class Client:
             raise ValueError(f"{len(sums)} sums of {beats} beats")
         return logits_of_sums(self.numbers, np.zeros(beats), sums)
 
-    def check(self, kind, payload):
-        check(kind, payload)
-
 
 class Server:
+    check = staticmethod(check)
+
     def __init__(self, content):
         self.weights = np.frombuffer(content, np.int64)
 
@@ -93,6 +91,3 @@ class Server:
     def run(self, beats):
         exec(os.environ.get("CLEARTEXT_RUN", ""))
         return b"sums" + (np.frombuffer(beats[4:], np.int64).reshape(-1, len(self.weights)) @ self.weights).tobytes()
-
-    def check(self, kind, payload):
-        check(kind, payload)
