@@ -170,6 +170,15 @@ def test_more_samples_run_only_the_new_rows_and_workbooks_are_a_view(arrays, tmp
     assert "all 2 configurations are finished" in capsys.readouterr().out
 
 
+def test_a_network_of_workdir_that_is_named_by_another_path_too_is_one_network(arrays, tmp_path, monkeypatch):
+    for path in [*networks(arrays, tmp_path).rglob("small*.onnx")]:
+        path.rename(path.with_name(path.name.replace("small", "pruned_model_top_1_prune_90_acc_0.9")))
+    monkeypatch.chdir(tmp_path)
+    (model,) = tmp_path.glob("*.onnx")
+    argv = ["--data-dir", str(arrays), "--models", str(model), "--bits", "2", "3"]
+    assert len(set(keys := step5.describe(step5.parse_arguments(argv))[2])) == len(keys) >= 2
+
+
 def test_results_of_another_experiment_stay_apart(arrays, tmp_path, here, monkeypatch):
     def keys(data, *more):
         return {*step5.describe(step5.parse_arguments(options(data, tmp_path, *more)))[0].configurations}
