@@ -274,7 +274,7 @@ def test_the_same_seed_makes_the_same_networks_beside_another_rate_too(workdir, 
     (tmp_path / "quantized").mkdir()
     for name in (f"{stale}.h5", f"{stale}.onnx", f"quantized/{stale}_2bits.onnx"):
         (tmp_path / name).write_bytes(b"an earlier run's")
-    run(step3, tmp_path, "--rates", 50, *RATES, *SHORT)  # 57 does not start from 50, of which each layer is narrower
+    run(step3, tmp_path, "--rates", 50, *RATES, *SHORT)  # 50's layers are narrower: 57 starts elsewhere
     assert not list(tmp_path.rglob(f"{stale}*")) and len(networks.by_rank(tmp_path, ".h5")) == len(RATES) + 1
     for one in networks.by_rank(workdir, ".h5"):
         (same,) = tmp_path.glob(f"*_prune_{one.name.split('_prune_')[1]}")

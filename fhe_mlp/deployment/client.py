@@ -104,11 +104,11 @@ def encrypt(args: argparse.Namespace) -> None:
 
 def read_times(path: Path, beats: str) -> recordings.Recording:
     """Return the recording that encrypt stored with these beats. Raises InputError."""
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         times = json.loads(path.read_text(encoding="utf-8"))
         if times["beats"] == beats:
             return recordings.Recording(**times["recording"])
-    raise InputError(f"{path}: is damaged or of other beats; name the right file with --beats")
+    raise InputError(f"{path}: is missing, damaged or of other beats; name the right file with --beats")
 
 
 def read_signal_again(recording: recordings.Recording) -> np.ndarray | None:

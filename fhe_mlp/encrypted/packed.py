@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # In place of the library's values; its dimensions and noise, on which security rests, stay. One level of 24 bits in the
 # key switch takes half the time and half the keys of two of 14 bits. Numbers of a beat and of an answer are stored in
-# as few bits as leave their noise at a hundredth of a logit; docs/METHOD.md has what each gives.
+# as few bits as leave their noise at a hundredth of a logit; docs/EXPERIMENTS.md has the table.
 PARAMETERS = {
     "packing_ks_level": 1,
     "packing_ks_base_log": 24,

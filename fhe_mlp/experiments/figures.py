@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 os.environ.setdefault("MPLBACKEND", "Agg")  # no window, no display needed
 MARKERS = {  # of other models
     "Concrete ML models": "s",
-    "post-training quantization": "D",
     "linear on a public map": "P",
     "CKKS": "^",
 }
