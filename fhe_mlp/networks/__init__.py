@@ -5,6 +5,7 @@ from fhe_mlp.networks.fitting import (
     epoch_progress,
     epoch_rows,
     h5_bytes,
+    probabilities_in_keras,
     quiet_tensorflow,
     save_mlp,
     start_tensorflow,

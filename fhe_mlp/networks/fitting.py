@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -104,6 +106,24 @@ def save_mlp(mlp: MLP, path: Path) -> None:
     """Write a network with its noise, threshold and map as .h5, whole."""
     with whole_file(path) as temporary:
         temporary.write_bytes(h5_bytes(mlp))
+
+
+def probabilities_in_keras(path: Path, X: np.ndarray) -> np.ndarray:
+    """Return the probabilities (n,) of rows X (n, features) that Keras 2 or 3 computes with its own .h5 file.
+
+    path: of a file that load_mlp takes. Keras sees nothing of its configuration that could hold code.
+    """
+    with h5py.File(path) as file:
+        model, made_by = json.loads(file.attrs["model_config"]), str(file.attrs.get("keras_version", "2"))
+    keras = importlib.import_module("tf_keras" if made_by.startswith("2") else "keras")
+    for layer in model["config"]["layers"]:
+        own = {key: v for key, v in layer["config"].items() if not isinstance(v, dict) and key != "dtype"}
+        for key in layer.keys() - {"class_name", "name", "inbound_nodes"}:
+            del layer[key]
+        layer["config"] = own
+    network = (keras.Model if "output_layers" in model["config"] else keras.Sequential).from_config(model["config"])
+    network.load_weights(path)
+    return network(X).numpy()[:, 0]
 
 
 def epoch_progress(title: str, epochs: int) -> Any:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
@@ -99,17 +99,20 @@ def refusing(path: Path, what: str, made_by: str) -> Iterator[None]:
     except FileNotFoundError:
         raise InputError(f"{path}: not found; make it with: {made_by}") from None
     except Exception as error:
-        raise InputError(f"{path}: is not a valid {what} ({first_line(error)}); make it with: {made_by}") from None
+        remedy = f"move it away, then make it with: {made_by}"
+        raise InputError(f"{path}: is not a valid {what} ({first_line(error)}); {remedy}") from None
 
 
 def load_mlp(path: Path, made_by: str) -> MLP:
     """Return the network in an .h5 file of Keras or of this pipeline; no code in it is run.
 
-    made_by: the command that makes the file. Raises InputError unless it is a sequence of Dense (ReLU, at the end one
-    sigmoid), GaussianNoise and Dropout layers, all weights finite.
+    made_by: the command that makes the file. Raises InputError unless it is a chain of Dense (ReLU, at the end one
+    sigmoid), GaussianNoise and Dropout layers, each applied once, all weights finite.
     """
     with refusing(path, "network of this pipeline", made_by), h5py.File(path) as file:
-        config = json.loads(file.attrs["model_config"])["config"]["layers"]
+        model = json.loads(file.attrs["model_config"])["config"]
+        check_chain(model)
+        config = model["layers"]
         first, noise, layers = config[0]["config"], 0.0, []
         width = int((first.get("batch_input_shape") or first["batch_shape"])[1])  # as Keras 2 and 3 name it
         for layer in config:
@@ -135,6 +138,25 @@ def load_mlp(path: Path, made_by: str) -> MLP:
         if not all(np.isfinite(w).all() for layer in layers for w in layer):
             raise ValueError("NaN or infinite weights")
         return MLP(layers, noise, threshold, public_map(str(file.attrs.get("map", NONE))))
+
+
+def tensors(config: Any) -> list[list[Any]]:
+    """Return each [layer, which time it is applied, which output] inside a configuration of Keras 2 or 3."""
+    if isinstance(config, list) and [type(item) for item in config[:3]] == [str, int, int]:
+        return [config[:3]]
+    parts = config.values() if isinstance(config, dict) else config if isinstance(config, list) else ()
+    return [tensor for part in parts for tensor in tensors(part)]
+
+
+def check_chain(model: dict[str, Any]) -> None:
+    """Raise ValueError where a layer of a Keras model's configuration takes more or else than the one before gives."""
+    names = [layer["config"]["name"] for layer in model["layers"]]
+    if "output_layers" in model:  # else it is Sequential, which names no tensors
+        taken = [*(layer["inbound_nodes"] for layer in model["layers"]), model["output_layers"]]
+        if [tensors(calls) for calls in taken] != [[], *([[name, 0, 0]] for name in names)]:
+            raise ValueError("layers that are no plain chain, each applied once")
+    if len(set(names)) < len(names):
+        raise ValueError("two layers of one name")
 
 
 def load_with_data(path: Path, made_by: str, data_dir: Path) -> tuple[MLP, Dataset]:
