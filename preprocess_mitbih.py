@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 
 from fhe_mlp import cli, ecg
-from fhe_mlp.dataset import BEATS, COPY, DESCRIPTION, SPLITS, array_name, draw_probability
+from fhe_mlp.dataset import BEATS, COPY, DESCRIPTION, SPLITS, array_name, draw_probability, foreign_files
 from fhe_mlp.scaling import apply_scaler, fit_scaler
 
 # By name: what computes the columns, and their table.
@@ -80,7 +80,7 @@ def read_record(
     name = Path(path).name
     try:
         signal, fs, leads = ecg.read_signal(path)
-        if not Path(f"{path}.atr").exists():
+        if not ecg.beside(path, "atr").exists():
             raise ecg.Unsuited("has no annotation file (.atr)")
         annotations, unsorted = ecg.read_annotations(path, fs)
         marks, outside = ecg.find_beats(annotations, len(signal))
@@ -263,6 +263,9 @@ def write_dataset(
 def main(argv: Sequence[str] | None = None) -> None:
     """Build the data set."""
     args = parse(argv)
+    if foreign := foreign_files(args.data_dir):
+        what = f"holds {foreign[0]}, which this step did not write and does not replace"
+        raise cli.InputError(f"{args.data_dir}: {what}; name another --data-dir, or move it away")
     cli.check_writable(args.data_dir)
     started = time.monotonic()
     records, recipe = read_all(ecg.provide_records(args.records_dir, not args.no_download), args)

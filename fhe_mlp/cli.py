@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import re
 import sys
 import tempfile
 import traceback
+import zipfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -41,15 +43,21 @@ def run(main: Callable[[], None], say: str = "finished files are whole, run it a
     say: printed after "interrupted; " when Ctrl-C ends it, with exit status 130, as shells have it.
     """
     program = Path(sys.argv[0]).name
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files can hold what is no character
     try:
         main()
-        sys.stdout.flush()
+        print(end="", flush=True)
     except InputError as error:
         print(f"{program}: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"{program}: {where}{error.strerror or first_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, ImportError) as error:  # a library is not loaded without memory either
+        what = "too little memory, or a library is missing: pip install -r requirements.txt"
+        print(f"{program}: {what} ({first_line(error)})", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted; {say}", file=sys.stderr)
@@ -69,8 +77,8 @@ def run_and_leave(main: Callable[[], None], say: str) -> None:
         status = stop.code or 0
     except BaseException:
         traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        print(end="", flush=True)
     os._exit(status)
 
 
@@ -151,6 +159,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` as indented JSON, whole."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def zip_entry(name: str) -> zipfile.ZipInfo:
+    """Return an entry for a .zip that says nothing of when it was made: equal contents are equal files."""
+    return zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
 
 
 def digest(content: bytes | str) -> str:

@@ -174,6 +174,16 @@ def read_arrays(data_dir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return arrays
 
 
+def foreign_files(data_dir: Path) -> list[str]:
+    """Return the names of arrays and of BEATS in a folder that dataset.json there does not describe: others' files."""
+    try:
+        own = dict(json.loads((data_dir / DESCRIPTION).read_text())["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        own = {}
+    paths = [data_dir / name for name in (*(array_name(split, kind) for split in SPLITS for kind in "Xy"), BEATS)]
+    return [path.name for path in paths if path.is_file() and own.get(path.name) != sha256(path)]
+
+
 def read_description(data_dir: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     """Return dataset.json and beats.csv. Raises InputError where the folder's files do not have its checksums."""
     try:
@@ -208,7 +218,9 @@ def load_dataset(data_dir: Path, spec: str = NONE) -> Dataset:
         arrays = read_arrays(data_dir)
         about, beats = read_description(data_dir) if described else describe(arrays)
     except InputError as error:
-        raise InputError(f"{error}; make it with: python preprocess_mitbih.py --data-dir {data_dir}") from None
+        anew = f"make it with: python preprocess_mitbih.py --data-dir {data_dir}"
+        remedy = "mend or complete your arrays, or name other ones with --data-dir" if foreign_files(data_dir) else anew
+        raise InputError(f"{error}; {remedy}") from None
     if columns(arrays["train"][0].shape[1], spec) > MOST_COLUMNS:
         raise InputError(f"{data_dir}: --expand {spec} gives more than {MOST_COLUMNS} columns")
     if not described:

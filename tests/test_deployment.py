@@ -1,6 +1,5 @@
 """The export: a hospital's process and a server's, which have nothing in common but the files that travel."""
 
-import itertools
 import json
 import os
 import re
@@ -114,34 +113,77 @@ def test_two_processes_decide_as_the_network_in_cleartext_and_the_server_holds_n
 def test_a_record_comes_back_as_annotations_of_every_beat_that_only_its_owner_can_read(sides, tmp_path):
     samples = make_record(tmp_path, "r", symbols=list("NNVNNNVVNN"))
     work, answers = tmp_path / "work", tmp_path / "answers.zip"
-    times = work / "beats.json"
     line = "r: 10 beats, R peaks of r.atr; 8 can be classified; 2 first or last beat"
     assert line in call(sides.hospital, "client.py", "encrypt", tmp_path / "r.hea", "--output", work / "beats.zip")
     call(sides.server, SERVE[0], work / "beats.zip", *SERVE[2:], answers)
-    argv = ("client.py", "decrypt", answers, "--output", work, "--beats", times)
+    (times,) = work.glob("r.*.json")
+    argv = ("client.py", "decrypt", answers, "--output", work, "--times", work)
     summary = call(sides.hospital, *argv)
     table, annotation = pd.read_csv(work / "r.fhe.csv"), wfdb.rdann(str(work / "r"), "fhe")
     assert annotation.fs == 360  # which the file states: there is no header beside it
     for found in (annotation.sample, table["sample"]):
         np.testing.assert_array_equal(found, samples)
     codes = {"normal": "N", "abnormal": "Q", "not classified": '"'}
+    assert set(table["recording"]) == {json.loads(times.read_text())["recording"]["identity"]}
     assert annotation.symbol == [codes[decision] for decision in table["decision"]]
     assert annotation.aux_note[1:-1] == [f"{probability:.4f}" for probability in table["probability"][1:-1]]
     assert annotation.aux_note[0] == annotation.aux_note[-1] == "not classified"
     abnormal = annotation.symbol.count("Q")
     counts = f"{8 - abnormal} normal, {abnormal} abnormal\n2 not classified; 2 first or last beat\n"
     assert f"r: 10 beats, R peaks of r.atr\n{counts}" in summary
-    assert {path.name for path in work.iterdir()} == {"beats.zip", "beats.json", "r.fhe", "r.fhe.csv", "r.fhe.png"}
+    assert {path.name for path in work.iterdir()} == {"beats.zip", times.name, "r.fhe", "r.fhe.csv", "r.fhe.png"}
     for path in (*work.iterdir(), *(sides.hospital / "keys").iterdir()):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    exchange.check_replaceable(times, client.TIMES_START)
     (work / "r.fhe.csv").write_text("of another program")
     assert "r.fhe.csv: exists and is not an earlier output" in call(sides.hospital, *argv, status=2)
-    times.write_text(times.read_text().replace('"beats": "', '"beats": "0'))
-    other = "beats.json: is missing, damaged or of other beats; name the right file with --beats"
-    assert other in call(sides.hospital, *argv, status=2)
-    times.unlink()
-    assert other in call(sides.hospital, *argv, status=2)
+    for damage in (lambda: times.write_text(times.read_text()[:300]), times.unlink):
+        damage()
+        assert f"{work}: the times of these beats, RECORD." in call(sides.hospital, *argv, status=2)
+
+
+def test_results_of_two_patients_are_never_mixed_or_replaced(sides, tmp_path):
+    work = tmp_path / "work"
+    for seed, patient in enumerate(("a", "b")):  # the second is encrypted before the first answers are back
+        make_record(tmp_path / patient, "holter", symbols=list("NNVNNNVVNN"), seed=seed)
+        call(sides.hospital, "client.py", "encrypt", tmp_path / patient / "holter", "--output", work / f"{patient}.zip")
+        call(sides.server, SERVE[0], work / f"{patient}.zip", *SERVE[2:], tmp_path / f"{patient}_answers.zip")
+    files = [json.loads(path.read_text())["recording"] for path in work.glob("holter.*.json")]
+    identities = {Path(file["path"]).parent.name: file["identity"] for file in files}
+    assert len(set(identities.values())) == 2
+    travelling = b"".join((work / f"{patient}.zip").read_bytes() for patient in "ab")
+    assert not any(identity.encode() in travelling for identity in identities.values())
+
+    def decrypt(patient, status=0):
+        argv = (tmp_path / f"{patient}_answers.zip", "--output", tmp_path / "out", "--times", work)
+        return call(sides.hospital, "client.py", "decrypt", *argv, status=status)
+
+    (tmp_path / "out").mkdir()
+    decrypt("a")
+    first = content(tmp_path / "out")
+    for name, found in first.items():
+        assert identities["a"].encode() in found, name
+    refused = decrypt("b", status=2)
+    assert "holter.fhe: exists and is not an earlier output of this command for the same recording" in refused
+    assert content(tmp_path / "out") == first
+    make_record(tmp_path / "a", "holter", symbols=list("NNVNNNVVNN"), seed=5)  # another patient at the same path
+    done = subprocess.run(
+        [
+            sys.executable,
+            "client.py",
+            "decrypt",
+            tmp_path / "a_answers.zip",
+            "--output",
+            tmp_path / "out",
+            "--times",
+            work,
+        ],
+        cwd=sides.hospital,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "holter: is not the signal that was encrypted; the picture has no signal" in done.stderr
+    assert (tmp_path / "out" / "holter.fhe.png").stat().st_size < len(first[tmp_path / "out" / "holter.fhe.png"]) / 1.5
 
 
 def test_no_keys_are_replaced_lost_evaluation_keys_are_written_again_and_damaged_ones_refused(sides, tmp_path):
@@ -168,8 +210,7 @@ def test_no_keys_are_replaced_lost_evaluation_keys_are_written_again_and_damaged
 def test_outputs_replace_nothing_but_earlier_outputs_of_the_same_command(sides):
     before = content(sides.hospital) | content(sides.server)
     encrypt = ("client.py", "encrypt", "example_beats.csv")
-    for output in ("example_beats.csv", "new.json"):
-        assert "name another --output" in call(sides.hospital, *encrypt, "--output", output, status=2)
+    assert "name another --output" in call(sides.hospital, *encrypt, "--output", "example_beats.csv", status=2)
     assert "is no recording" in call(sides.hospital, *encrypt, "--minutes", "5", status=2)
     assert "not an earlier output" in call(sides.server, *SERVE, "encrypted_beats.zip", status=2)
     assert content(sides.hospital) | content(sides.server) == before
@@ -227,7 +268,7 @@ def test_payloads_that_the_scheme_cannot_use_are_refused_in_one_line(sides, tmp_
         (ANSWERS, b"sums", sides.hospital, ("client.py", "decrypt", path), "holds no answers"),
     ):
         good = Archive(sides.hospital / f"{kind.replace(' ', '_')}.zip", kind, sides.model)
-        for bad, line in ((b"seat", "is truncated or damaged (a value is not whole)"), (start + bytes(8), why)):
+        for bad, line in ((b"seat", "is truncated or damaged (a value is not whole)"), (start + bytes(16), why)):
             write_archive(path, good.header, [good.payload(0), bad, good.payload(2)])
             assert line in call(side, *argv, "--output", tmp_path / "out", status=2)
 
@@ -291,10 +332,11 @@ def test_an_archive_is_read_as_written_or_refused(tmp_path, edits, end):
 def test_archives_are_written_and_read_one_payload_at_a_time(tmp_path):
     payload = bytes(10**6)
     tracemalloc.start()
-    write_archive(tmp_path / "beats.zip", Header(BEATS, "0", "0", count=79), itertools.repeat(payload, 40))
+    payloads = (number.to_bytes(1, "big") + payload for number in range(40))
+    write_archive(tmp_path / "beats.zip", Header(BEATS, "0", "0", count=79), payloads)
     archive = Archive(tmp_path / "beats.zip", BEATS, SMALL)
     assert [len(span) for span in archive.spans] == [2] * 39 + [1]
-    assert all(archive.payload(number) == payload for number in range(40))
+    assert all(archive.payload(number) == number.to_bytes(1, "big") + payload for number in range(40))
     assert tracemalloc.get_traced_memory()[1] < 6 * 10**6
     tracemalloc.stop()
 

@@ -3,23 +3,27 @@
 import csv
 import io
 import re
+from datetime import datetime, timedelta
 
 import numpy as np
 import pandas as pd
 import pytest
 import wfdb
-from conftest import BEAT_COUNT, make_record
+from conftest import BEAT_COUNT, make_record, write_atr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import preprocess_mitbih as pre
+from fhe_mlp import ecg
 from fhe_mlp.cli import InputError
 from fhe_mlp.deployment import client, decisions, exchange, recordings
 from fhe_mlp.ecg import EXPECTED_LEADS, FEATURES
+from fhe_mlp.ecg.records import SPAN_MV
 
 MODEL = {"features": FEATURES, "leads": EXPECTED_LEADS}
 NAMES = ["a", "b", "c"]  # of the features in the tests of the .csv reader
-MANY = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+TENTH = (-3276.8, 3276.7, -32768, 32767)  # physical values are a tenth of the digital ones
+MANY = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def read(path, fs=None, annotator=None, minutes=None, model=MODEL):
@@ -35,12 +39,19 @@ def check_refusal(path, why, function, *arguments):
     assert len(str(refusal.value).splitlines()) == 1
 
 
-def write_edf(path, signals, rates, names, units, seconds=1.0, kind="", frames=None):
-    """Write signals (whole numbers), each at its own rate, as EDF; physical values are a tenth of the digital ones."""
+def write_edf(path, signals, rates, names, units, seconds=1.0, kind="", frames=None, ends=TENTH):
+    """Write signals (whole numbers), each at its own rate, as EDF; ends: physical and digital ones."""
     per_frame, count = [round(rate * seconds) for rate in rates], len(signals)
     held = len(signals[0]) // per_frame[0]
-    scale = [[v] * count for v in (-3276.8, 3276.7, -32768, 32767)]
-    columns = [names, [""] * count, units, *scale, [""] * count, per_frame, [""] * count]
+    columns = [
+        names,
+        [""] * count,
+        units,
+        *([f"{end:g}"] * count for end in ends),
+        [""] * count,
+        per_frame,
+        [""] * count,
+    ]
     start = ("0", 8), ("", 160), ("01.01.2000.00.00", 16), (256 * (count + 1), 8), (kind, 44)
     fields = [*start, (held if frames is None else frames, 8), (seconds, 8), (count, 4)]
     fields += [(cell, width) for table, width in zip(columns, (16, 80, 8, 8, 8, 8, 8, 80, 8, 32)) for cell in table]
@@ -72,7 +83,7 @@ def test_edf_and_csv_files_are_read_as_the_record_they_were_written_from(tmp_pat
     signals = [np.arange(len(signal) // 36), tenths[:, 1], tenths[:, 0]]
     write_edf(tmp_path / "e.EDF", signals, [10, 360, 360], names, units, seconds=0.5, kind="EDF+C")
     rows = [f"{k / fs:.4f};{b:.4f};{1000 * a:.1f};x".replace(".", ",") for k, (a, b) in enumerate(signal)]
-    rows[5000:5300] = ["0;;;x"] * 300  # an empty cell is missing signal
+    rows[5000:5300] = [f"{row.split(';')[0]};;;x" for row in rows[5000:5300]]  # an empty cell is missing signal
     (tmp_path / "c.csv").write_text("\n".join(["time (s);V1;MLII [\u00b5V];note", *rows]), encoding="utf-8")
     for name, csv_fs, expected in (("e.EDF", None, ["ECG II", "ECG V1"]), ("c.csv", 360.0, leads)):
         again, again_fs, again_leads = recordings.read_signal(tmp_path / name, csv_fs)
@@ -89,7 +100,6 @@ def test_damaged_edf_files_are_refused_in_one_line(tmp_path):
     path, good = tmp_path / "r.edf", {"rates": [360, 360], "names": ["II", "V1"], "units": ["mV", "mV"]}
     for why, case in {
         "holds fewer samples than its header": {"frames": 10**7},
-        "r.edf: is an EDF+ file with interruptions": {"kind": "EDF+D"},
         "r.edf: has 1 ECG signals (II in mV, V1 in degC)": {"names": ["II", "V\n1\0"], "units": ["mV", "degC"]},
         "r.edf: is sampled at 10": {"rates": [10, 10]},
         "without a sampling rate": {"seconds": 0.5, "rates": [360, 0]},
@@ -99,6 +109,177 @@ def test_damaged_edf_files_are_refused_in_one_line(tmp_path):
     for damaged in (b"", whole[:200], whole[:700], b"\xffBIOSEMI" + whole[8:], whole[:244] + b"nan     " + whole[252:]):
         path.write_bytes(damaged)
         check_refusal(path, "cannot be read as a recording", read)
+
+
+def test_an_edf_file_that_could_have_interruptions_is_read_where_it_has_none(tmp_path):
+    x = np.rint(1e4 * np.sin(np.arange(3600) / 50)).astype(int)
+    for gap in (0, 0.5):
+        texts = [f"+{k + gap * (k > 4):g}\x14\x14".encode().ljust(40, b"\0") for k in range(10)]
+        marks = np.frombuffer(b"".join(texts), "<i2")
+        path = write_edf(
+            tmp_path / "r.edf",
+            [x, marks, x],
+            [360, 20, 360],
+            ["II", "EDF Annotations", "V1"],
+            ["uV", "", "uV"],
+            kind="EDF+D",
+        )
+        if gap:
+            check_refusal(path, "r.edf: is an EDF+ file with interruptions", read)
+        else:
+            signal, fs, leads = recordings.read_signal(path, None)
+            assert (fs, leads) == (360, ["II", "V1"])
+            np.testing.assert_allclose(signal, np.column_stack([x, x]) / 10_000, atol=1e-9)
+
+
+@MANY
+@given(gain=st.floats(-5, 5).map(lambda power: 10**power), how=st.sampled_from(["csv", "edf", "wfdb"]))
+def test_a_signal_of_a_size_that_no_ecg_has_is_refused_with_unit_and_gain(tmp_path, gain, how):
+    x, path, fs = 0.5 * np.sin(np.arange(3600) / 57)[:, None] * [1, 0.5], tmp_path / "r", None  # 1 and 0.5 mV high
+    digital, names, units = np.rint(2e4 * x).astype(int), ["MLII", "V1"], ["mV", "mV"]
+    if how == "csv":
+        path, fs = tmp_path / "r.csv", 360.0
+        path.write_text("\n".join(["MLII,V1", *(f"{a:.9g},{b:.9g}" for a, b in gain * x + gain)]))
+    elif how == "wfdb":
+        scale = {"fmt": ["16"] * 2, "adc_gain": [2e4 / gain] * 2, "baseline": [0, 0]}
+        wfdb.wrsamp("r", 360, units, names, d_signal=digital, write_dir=str(tmp_path), **scale)
+    else:
+        gain = 10.0 ** round(np.log10(gain))
+        path = write_edf(tmp_path / "r.edf", digital.T, [360] * 2, names, units, ends=(-gain, gain, -20_000, 20_000))
+    if 0.5 * gain < 0.99 * SPAN_MV[0] or gain > 1.01 * SPAN_MV[1]:
+        check_refusal(path, "has a wrong unit or gain: its lead ", recordings.read_signal, fs)
+    elif 0.5 * gain > 1.01 * SPAN_MV[0] and gain < 0.99 * SPAN_MV[1]:
+        np.testing.assert_allclose(np.ptp(recordings.read_signal(path, fs)[0], axis=0), [gain, gain / 2], rtol=0.01)
+
+
+def write_times(path, times, name="time (s)"):
+    """Write a .csv file of two leads with a column of times."""
+    x = np.sin(np.arange(len(times)) / 57)
+    path.write_text("\n".join([f"{name},MLII,V1", *(f"{t},{a:.4f},{a / 2:.4f}" for t, a in zip(times, x))]))
+    return path
+
+
+CLOCKS = {  # how programs write the time of sample k at fs
+    "time (s)": lambda k, fs: f"{k / fs:.4f}",
+    "Time": lambda k, fs: f"{17.5 + k / fs:.3f}",
+    "t [ms]": lambda k, fs: f"{1000 * k / fs:.1f}",
+    "time_ms": lambda k, fs: f"{1000 * k / fs:.2f}",
+    "'Elapsed time'": lambda k, fs: f"{datetime(2020, 1, 1, 23, 59, 58) + timedelta(seconds=k / fs):%H:%M:%S.%f}",
+    "Timestamp": lambda k, fs: f"{datetime(2020, 1, 1, 23, 59, 58) + timedelta(seconds=k / fs)}",
+}
+
+
+@MANY
+@given(
+    clock=st.sampled_from(list(CLOCKS)),
+    rates=st.tuples(*[st.sampled_from([125, 128, 200, 250, 256, 360, 500, 720, 1000])] * 2),
+    lost=st.one_of(st.none(), st.integers(1, 1500)),
+)
+def test_a_column_of_times_decides_whether_the_sampling_rate_is_right(tmp_path, clock, rates, lost):
+    given, true = rates
+    rows = [k for k in range(2500) if lost is None or not lost <= k < lost + 900]
+    path = write_times(tmp_path / "r.csv", [CLOCKS[clock](k, true) for k in rows], clock)
+    if given == true and lost is None:
+        assert recordings.read_signal(path, float(given))[1] == given
+    else:
+        check_refusal(
+            path, f"is not this row's time at --fs {given}; the column has ", recordings.read_signal, float(given)
+        )
+
+
+def test_samples_are_counted_in_a_column_of_times_and_what_is_no_time_is_refused(tmp_path):
+    assert recordings.read_signal(write_times(tmp_path / "r.csv", range(5, 2000), "sample #"), 250.0)[1] == 250
+    for times in (["x"] * 900, ["3"] * 900, [""] * 900):
+        check_refusal(write_times(tmp_path / "r.csv", times), "holds no times", recordings.read_signal, 360.0)
+    path = write_times(tmp_path / "r.csv", [f"{k / 360:.4f}" for k in range(900)])
+    check_refusal(path, "--fs 720; the column has 360", recordings.read_signal, 720.0)
+
+
+ECG = [
+    "MLII",
+    "V1",
+    "ECG",
+    "EKG",
+    "ECG R-L",
+    "ECG 2",
+    "aVF",
+    "D1",
+    "CM5",
+    "mod.V1",
+    "V5",
+    "ch1",
+    "",
+    "Vx",
+    "MCL1",
+    "lead III",
+]
+OTHERS = [
+    "EOG left",
+    "EEG C3-A2",
+    "C4-M1",
+    "EMG chin",
+    "Leg",
+    "Snore",
+    "Flow",
+    "Nasal",
+    "ECG Resp",
+    "SpO2",
+    "ABP",
+    "Pleth",
+    "Thorax",
+]
+
+
+@MANY
+@given(st.lists(st.sampled_from(ECG + OTHERS), min_size=1, max_size=6, unique=True), st.randoms(use_true_random=False))
+def test_only_ecg_leads_are_taken_from_what_else_was_recorded(names, _):
+    ecg_names = [name for name in names if name in ECG]
+    x = np.sin(np.arange(3600) / 57)
+    signals = ecg.Signals(
+        names, ["mV"] * len(names), [1] * len(names), 360.0, lambda chosen: [x] * len(chosen), [200.0] * len(names)
+    )
+    if len(ecg_names) > 1:
+        assert set(ecg.two_leads(signals)[2]) <= set(ecg_names)
+    else:
+        with pytest.raises(ecg.Unsuited, match=f"has {len(ecg_names)} ECG signals .*; two are needed"):
+            ecg.two_leads(signals)
+
+
+@pytest.mark.parametrize("unit", ["\u00b5V", "\u03bcV", "uV", "\u00b5V in Latin-1"])
+@pytest.mark.parametrize("date", ["", " 12:00:00 2014-05-08", " 12:00 2006", " 08.05.2014"])
+@pytest.mark.parametrize("ending", ["hea", "HEA"])
+def test_a_header_is_read_whatever_its_date_its_micro_sign_and_its_capitals(tmp_path, unit, date, ending):
+    samples = make_record(tmp_path, "r", units=("uV", "uV"), edit=lambda x: 1000 * x)
+    wanted = recordings.read_signal(tmp_path / "r", None)
+    header = tmp_path / "r.hea"
+    text = header.read_text().replace("uV", unit.split()[0]).split("\n", 1)
+    content = f"{text[0].rstrip()}{date}\n{text[1]}# age: 60, M\u00fcller\n".encode(
+        "latin-1" if "Latin" in unit else "utf-8"
+    )
+    header.write_bytes(content)
+    if ending == "HEA":
+        for path in list(tmp_path.iterdir()):
+            path.rename(path.with_suffix(path.suffix.upper()))
+        (tmp_path / "r.HEA").write_bytes(content.replace(b"r.dat", b"r.DAT"))
+    found = recordings.read_signal(recordings.find_recording(tmp_path / f"r.{ending}", None), None)
+    np.testing.assert_array_equal(found[0], wanted[0])
+    assert found[1:] == wanted[1:]
+    _, recording = read(tmp_path / "r")
+    assert recording.samples == samples.tolist()
+
+
+def test_beats_are_found_in_other_annotation_files_which_are_named(tmp_path):
+    samples = make_record(tmp_path, "r", marks=lambda samples, symbols: [(samples[0], "+", "(N\0")])
+    write_atr(tmp_path / "r.qrs", [(sample, "N") for sample in samples])
+    for annotator in (None, "wqrs"):
+        check_refusal(
+            tmp_path / "r", "--annotator qrs" if annotator is None else "--annotator atr or qrs", read, None, annotator
+        )
+    signal, fs, _ = recordings.read_signal(tmp_path / "r", None)
+    write_edf(tmp_path / "e.edf", list(np.rint(1e4 * signal.T).astype(int)), [360] * 2, ["II", "V1"], ["uV"] * 2)
+    write_atr(tmp_path / "e.edf.qrs", [(sample, "N") for sample in samples])
+    _, recording = read(tmp_path / "e.edf", annotator="qrs")
+    assert recording.samples == samples[samples < len(signal) // 360 * 360].tolist()
 
 
 def test_a_table_of_leads_that_could_mean_something_else_is_refused(tmp_path):
@@ -142,7 +323,7 @@ def test_records_that_cannot_be_classified_are_refused(tmp_path, capsys):
     assert len(client.read_signal_again(recording)) > recording.samples[-1]
     other = {"features": FEATURES[:5]}
     check_refusal(tmp_path / "r", "does not use the features of records", read, None, None, None, other)
-    check_refusal(tmp_path / "r", "r (qrs): [Errno 2] No such file", read, None, "qrs")
+    check_refusal(tmp_path / "r", "r (qrs): there is no such annotation file", read, None, "qrs")
     for name, content, why in (("r.atr", b"\0", "lacks its end"), ("r.dat", b"", "cannot be read as a recording")):
         (tmp_path / name).write_bytes(content)
         check_refusal(tmp_path / "r", why, read)
@@ -230,7 +411,7 @@ def decided(codes):
     """A recording of beats, 0.8 s apart, that were given these codes (N, Q or a quotation mark), and its table."""
     classified, logits = [code != decisions.NOT_CLASSIFIED for code in codes], np.arange(1.0, len(codes) + 1)
     samples, leads = (100 + np.arange(len(codes)) * 288).tolist(), ["MLII", "V1"]
-    recording = recordings.Recording("r", "r", None, "r", 360.0, leads, samples, classified, "; 2 lost")
+    recording = recordings.Recording("0123abcd", "r", "r", None, "r", 360.0, leads, samples, classified, "; 2 lost")
     logits *= [1 if code == decisions.ABNORMAL else -1 for code in codes]
     return recording, decisions.join(recording, logits[classified])
 
@@ -259,9 +440,11 @@ def test_the_files_hold_every_beat_and_are_replaced_by_the_next_run_only(tmp_pat
         sizes.append((tmp_path / "r.fhe.png").stat().st_size)
     assert (sizes[1] > sizes[0] > 10_000) == ("Q" in codes)
     table = pd.read_csv(tmp_path / "r.fhe.csv")
-    assert list(table) == ["sample", "time", "output", "probability", "decision"]
+    assert list(table) == ["recording", "sample", "time", "output", "probability", "decision"]
     assert table["decision"].tolist() == [decisions.WORDS[code] for code in codes]
     np.testing.assert_allclose(table["output"], beats["output"], rtol=1e-12)
     assert wfdb.rdann(str(tmp_path / "r"), "fhe").symbol == list(codes)
     for ending, start in decisions.OUTPUTS.items():
-        exchange.check_replaceable(tmp_path / f"r{ending}", start)
+        exchange.check_replaceable(tmp_path / f"r{ending}", start % b"0123abcd")
+        with pytest.raises(InputError, match="not an earlier output of this command for the same recording"):
+            exchange.check_replaceable(tmp_path / f"r{ending}", start % b"0123abce")

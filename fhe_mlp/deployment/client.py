@@ -1,22 +1,23 @@
 """The hospital's side: encrypts heartbeats for a server that cannot read them, and decrypts its answers.
 
     python client.py keys                               once: secret keys into keys/, and evaluation_keys.zip
-    python client.py encrypt 208                        a WFDB record -> encrypted_beats.zip, and encrypted_beats.json
+    python client.py encrypt 208                        a WFDB record -> encrypted_beats.zip, and 208.NUMBER.json
     python client.py decrypt encrypted_answers.zip      -> 208.fhe (WFDB annotations), .fhe.csv, .fhe.png, a summary
 
 encrypt also reads an .edf file, with --fs a .csv file of two leads, and without it a .csv file of features, for which
 decrypt prints output, probability and decision. The three .zip files are all that travels. keys/ holds the secret keys
-and stays here, as does encrypted_beats.json, which holds the beats' times.
+and stays here, as does the .json file, which holds the beats' times.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ from fhe_mlp.encrypted import ANSWERS, BEATS, KEYS, scheme_module
 
 HERE = Path(__file__).resolve().parent
 SECRETS = "secret_keys.zip"  # in the folder of keys
-TIMES_START = rb'\{\s*"beats": "'  # of the .json file
 FAR_SD = 10.0  # standard deviations from the training mean; a column with most of its values beyond: another unit
 
 
@@ -51,20 +51,33 @@ def load_keys(folder: Path, model: dict[str, Any], client: Any) -> str:
     return archive.header.key
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Wait until no other command has this folder locked, and lock it: keys of two must not mix."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(number)
+
+
 def make_keys(args: argparse.Namespace) -> None:
     """Write evaluation keys for the server, of new secret keys where there are none yet. Raises InputError."""
-    if args.output.exists():
-        raise InputError(f"{args.output}: exists already; move it away to have it written again")
     check_writable(args.output.absolute().parent)
     model, client = open_client()
-    if (args.keys / SECRETS).exists():
-        name = load_keys(args.keys, model, client)
-    else:
-        name = secrets.token_hex(8)
-        client.make_keys()
-        secret = Header(exchange.SECRET_KEYS, model["model"], name)
-        exchange.write_archive(args.keys / SECRETS, secret, [client.secret_keys()])
-    exchange.write_archive(args.output, Header(KEYS, model["model"], name), [client.evaluation_keys()])
+    with locked(args.keys):
+        if args.output.exists():
+            raise InputError(f"{args.output}: exists already; move it away to have it written again")
+        if (args.keys / SECRETS).exists():
+            name = load_keys(args.keys, model, client)
+        else:
+            name = secrets.token_hex(8)
+            client.make_keys()
+            secret = Header(exchange.SECRET_KEYS, model["model"], name)
+            exchange.write_archive(args.keys / SECRETS, secret, [client.secret_keys()])
+        exchange.write_archive(args.output, Header(KEYS, model["model"], name), [client.evaluation_keys()])
 
 
 def warn_of_units(X: np.ndarray, model: dict[str, Any]) -> None:
@@ -78,11 +91,8 @@ def warn_of_units(X: np.ndarray, model: dict[str, Any]) -> None:
 
 def encrypt(args: argparse.Namespace) -> None:
     """Encrypt the beats of a recording, with their times in a .json file beside, or of a .csv file of features."""
-    times, recording = args.output.with_suffix(".json"), None
-    if times == args.output:
-        raise InputError(f"{times}: would overwrite the beats' times; name another --output")
+    recording = None
     exchange.check_replaceable(args.output, exchange.START % BEATS.encode())
-    exchange.check_replaceable(times, TIMES_START)
     model, client = open_client()
     if path := recordings.find_recording(args.file, args.fs):
         X, recording = recordings.read_recording(path, args.fs, args.annotator, args.minutes, model)
@@ -96,27 +106,31 @@ def encrypt(args: argparse.Namespace) -> None:
     header = Header(BEATS, model["model"], load_keys(args.keys, model, client), beats, len(X))
     if recording:  # its times are written before the beats, which must not travel without them
         print(f"{recording.title}; {len(X)} can be classified{recording.reasons}")
+        times = args.output.with_name(f"{recording.name}.{beats}.json")  # a new one: answers to others may be open
         write_json(times, {"beats": beats, "recording": dataclasses.asdict(recording)})
     size = model["numbers"]["beats"]
     payloads = (client.encrypt(X[first : first + size]) for first in range(0, len(X), size))
     exchange.write_archive(args.output, header, payloads)
 
 
-def read_times(path: Path, beats: str) -> recordings.Recording:
-    """Return the recording that encrypt stored with these beats. Raises InputError."""
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-        times = json.loads(path.read_text(encoding="utf-8"))
-        if times["beats"] == beats:
-            return recordings.Recording(**times["recording"])
-    raise InputError(f"{path}: is missing, damaged or of other beats; name the right file with --beats")
+def read_times(folder: Path, beats: str) -> recordings.Recording:
+    """Return the recording that encrypt stored in `folder` with these beats. Raises InputError."""
+    for path in folder.glob("*.json"):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if path.name.endswith(f".{beats}.json"):
+                times = json.loads(path.read_text(encoding="utf-8"))
+                if times["beats"] == beats:
+                    return recordings.Recording(**times["recording"])
+    what = f"the times of these beats, RECORD.{beats[:40]}.json, are not here or damaged"
+    raise InputError(f"{folder}: {what}; name the folder where encrypt wrote them with --times")
 
 
 def read_signal_again(recording: recordings.Recording) -> np.ndarray | None:
     """Return the signal (samples, 2) that encrypt read; None, with a warning, where it is not there any more."""
     try:
         signal, fs, _ = recordings.read_signal(Path(recording.path), recording.csv_fs)
-        if fs != recording.fs or len(signal) <= recording.samples[-1]:
-            raise InputError(f"{recording.path}: has changed")
+        if recordings.identify(signal, fs, recording.samples) != recording.identity:
+            raise InputError(f"{recording.path}: is not the signal that was encrypted")
         return signal
     except (InputError, OSError) as error:
         print(f"warning: {first_line(error)}; the picture has no signal", file=sys.stderr)
@@ -129,10 +143,11 @@ def decrypt(args: argparse.Namespace) -> None:
     archive = Archive(args.file, ANSWERS, model, client.check)
     if load_keys(args.keys, model, client) != archive.header.key:
         raise InputError(f"{args.file}: can only be decrypted with the keys with which its beats were encrypted")
-    recording = read_times(args.beats, archive.header.beats) if archive.header.beats else None
+    recording = read_times(args.times, archive.header.beats) if archive.header.beats else None
     if recording:
         for ending, start in decisions.OUTPUTS.items():
-            exchange.check_replaceable(args.output / f"{recording.name}{ending}", start)
+            path = args.output / f"{recording.name}{ending}"
+            exchange.check_replaceable(path, start % recording.identity.encode())
     try:
         parts = [client.decrypt(archive.payload(k), len(span)) for k, span in enumerate(archive.spans)]
     except (RuntimeError, ValueError) as error:
@@ -174,8 +189,8 @@ def main() -> None:
     what = "decrypt the answers; of a recording: annotations, .csv file, picture"
     option = add(decrypt, "decrypt", ".", what)
     option("file", metavar="answers", type=Path, help="encrypted_answers.zip of server.py")
-    what = "the .json file that encrypt wrote for these beats"
-    option("--beats", type=Path, default=Path("encrypted_beats.json"), metavar="FILE", help=what)
+    what = "folder where encrypt wrote encrypted_beats.zip and the .json file of its beats' times"
+    option("--times", type=Path, default=Path(), metavar="DIR", help=what)
     args = parser.parse_args()
     args.function(args)
 

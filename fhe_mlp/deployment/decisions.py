@@ -11,17 +11,17 @@ import pandas as pd
 from scipy.special import expit
 
 from fhe_mlp.cli import whole_file
-from fhe_mlp.deployment.recordings import Recording
+from fhe_mlp.deployment.recordings import Recording, shown
 
 # WFDB codes of the decisions: the beat code that names no class, since the network names none, and that of a comment.
 NORMAL, ABNORMAL, NOT_CLASSIFIED = "N", "Q", '"'
 WORDS = {NORMAL: "normal", ABNORMAL: "abnormal", NOT_CLASSIFIED: "not classified"}
 COLORS = {NORMAL: "cornflowerblue", ABNORMAL: "tab:red", NOT_CLASSIFIED: "gray"}
 PROGRAM = "client.py of fhe_mlp"  # named in the picture
-OUTPUTS = {  # the files, with the pattern of how each begins
-    ".fhe": rb"\0\x58.\xfc## time resolution: ",
-    ".fhe.csv": b"sample,time,output,probability,decision",
-    ".fhe.png": rb"\x89PNG.{20,99}" + PROGRAM.encode(),
+OUTPUTS = {  # the files, with the pattern of how each begins; %b: the recording's identity
+    ".fhe": rb"\0\x58.\xfc## time resolution: .{1,40}recording %b",
+    ".fhe.csv": rb"recording,sample,time,output,probability,decision\s+%b,",
+    ".fhe.png": rb"\x89PNG.{20,99}" + PROGRAM.encode() + b", recording %b",
 }
 RUN_BEATS = 3  # abnormal beats in a row that count as a run, as three ventricular ones do; any other beat ends it
 LONGEST_RR_S = 3.0  # of a heart rate; longer ones are pauses, gaps or missed beats
@@ -66,11 +66,13 @@ def write_files(folder: Path, recording: Recording, beats: pd.DataFrame, signal:
     annotations, table, picture = (folder / f"{recording.name}{ending}" for ending in OUTPUTS)
     notes = beats["probability"].map("{:.4f}".format).mask(beats["code"] == NOT_CLASSIFIED, WORDS[NOT_CLASSIFIED])
     clock = f"## time resolution: {recording.fs:.12g}"  # a comment at sample 0; with its option fs wrann fails
-    samples, codes, notes = np.array([0, *beats["sample"]]), [NOT_CLASSIFIED, *beats["code"]], [clock, *notes]
+    samples, codes = np.array([0, 0, *beats["sample"]]), [NOT_CLASSIFIED, NOT_CLASSIFIED, *beats["code"]]
+    notes = [clock, f"recording {recording.identity}", *notes]
     with whole_file(annotations) as temporary, tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
         wfdb.wrann("beats", "fhe", samples, codes, aux_note=notes, write_dir=scratch)
         Path(scratch, "beats.fhe").replace(temporary)
     rounded = beats.assign(time=beats["time"].round(3), decision=beats["code"].map(WORDS)).drop(columns="code")
+    rounded.insert(0, "recording", recording.identity)
     with whole_file(table) as temporary:
         rounded.to_csv(temporary, index=False)
     with whole_file(picture) as temporary:
@@ -119,8 +121,9 @@ def draw(path: Path, recording: Recording, beats: pd.DataFrame, signal: np.ndarr
         draw_strip(axes, recording, beats, run, signal)
         axes.set_xlabel("time since the start of the recording (h:mm:ss)" if run == runs[-1] else "")
     abnormal = (beats["code"] == ABNORMAL).sum()
-    figure.suptitle(f"Record {recording.name}: {len(beats):,} beats, {abnormal:,} decided abnormal", fontsize=12)
-    figure.savefig(path, dpi=110, format="png", metadata={"Software": PROGRAM})
+    figure.suptitle(f"Record {shown(recording.name)}: {len(beats):,} beats, {abnormal:,} decided abnormal", fontsize=12)
+    program = f"{PROGRAM}, recording {recording.identity}"
+    figure.savefig(path, dpi=110, format="png", metadata={"Software": program})
 
 
 def draw_strip(axes: Any, recording: Recording, beats: pd.DataFrame, run: tuple[int, int], signal: np.ndarray) -> None:

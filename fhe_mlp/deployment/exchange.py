@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fhe_mlp.cli import InputError, first_line, sha256, whole_file
+from fhe_mlp.cli import InputError, digest, first_line, sha256, whole_file, zip_entry
 from fhe_mlp.encrypted import ANSWERS, BEATS, scheme_module
 
 SECRET_KEYS = "secret keys"  # an archive that never travels
@@ -60,8 +60,13 @@ class Archive:
             if type(count) is not int or count < 1 or -(-count // size) != len(entries) - 1:
                 raise ValueError("its header counts other payloads than there are")
             self.spans = [range(first, min(first + size, count)) for first in range(0, count, size)]
+            different = set()
             for number in range(len(self.spans)):  # now, rather than after hours of computing
-                check(kind, self.payload(number))
+                payload = self.payload(number)
+                check(kind, payload)
+                different.add(digest(payload))
+            if len(different) < len(self.spans):
+                raise ValueError("payloads are equal, which encryption never makes")
         except InputError:
             raise
         except Exception as error:  # zipfile raises a dozen unrelated types on damaged files
@@ -76,9 +81,9 @@ class Archive:
 def write_archive(path: Path, header: Header, payloads: Iterable[bytes]) -> None:
     """Write an archive, whole or not at all, each payload as it comes."""
     with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        archive.writestr(HEADER, json.dumps(asdict(header)))
+        archive.writestr(zip_entry(HEADER), json.dumps(asdict(header)))
         for number, payload in enumerate(payloads):
-            archive.writestr(str(number), payload)
+            archive.writestr(zip_entry(str(number)), payload)
     print(f"wrote {path} ({header.kind}: {header.count}, {path.stat().st_size / 1e6:.2f} MB)", flush=True)
 
 
@@ -87,7 +92,8 @@ def check_replaceable(path: Path, start: bytes) -> None:
     if path.exists():
         with path.open("rb") as file:
             if not re.match(start, file.read(200), re.DOTALL):
-                raise InputError(f"{path}: exists and is not an earlier output of this command; name another --output")
+                what = "exists and is not an earlier output of this command for the same recording"
+                raise InputError(f"{path}: {what}; move it away or name another --output")
 
 
 def read_export(folder: Path, part: str) -> tuple[dict[str, Any], bytes]:

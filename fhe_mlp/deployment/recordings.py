@@ -5,6 +5,8 @@ where no value has a point and some value cannot be a thousand. What has two mea
 """
 
 import csv
+import glob
+import hashlib
 import io
 import re
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from fhe_mlp import ecg
 from fhe_mlp.cli import InputError, first_line
@@ -25,6 +28,10 @@ NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)  # flo
 GROUPED = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+", re.ASCII)  # 1,234: a thousand or a decimal, nobody can say
 COLUMN = re.compile(r"(.*?)(?:\s*[\[(]\s*(\S+)\s*[\])])?", re.DOTALL)  # lead and unit: MLII (uV), V1 [mV], V1
 MAX_BYTES = 100_000_000  # of a .csv file, which takes 30 times as much memory
+TIME = re.compile(r"(elapsed)?time(stamp)?(s|sec|ms)?|t|s|sec|seconds|ms|milliseconds|samples?")  # letters of a column
+SECONDS = {"s": 1.0, "sec": 1.0, "seconds": 1.0, "min": 60.0, "ms": 1e-3, "us": 1e-6}  # of its unit, where it names one
+DAY_S = 86_400.0
+NO_ANNOTATIONS = ("hea", "dat", "edf", "csv", "fhe")  # endings of signals, and of our own decisions
 Table = list[tuple[int, list[str]]]  # line number and cells of each row
 
 
@@ -32,6 +39,7 @@ Table = list[tuple[int, list[str]]]  # line number and cells of each row
 class Recording:
     """A recording whose beats are encrypted; stored as JSON, and all that decrypt needs of it."""
 
+    identity: str  # of `identify`; in all files on the recording, none of which travels
     name: str
     path: str
     csv_fs: float | None  # Hz, of a .csv file; None for others
@@ -47,8 +55,32 @@ def find_recording(path: Path, fs: float | None) -> Path | None:
     """Return the path of a .csv file (where fs is given), .edf file or WFDB record (then without ending), else None."""
     if fs is not None or (path.suffix.lower() == ".edf" and path.is_file()):
         return path
-    record = path.with_suffix("") if path.suffix in (".hea", ".dat") else path
-    return record if Path(f"{record}.hea").is_file() else None
+    record = path.with_suffix("") if path.suffix.lower() in (".hea", ".dat") else path
+    return record if ecg.beside(str(record), "hea").is_file() else None
+
+
+def identify(signal: np.ndarray, fs: float, samples: Sequence[int]) -> str:
+    """Return a digest of a recording: signal (n, 2) in mV at fs Hz, and samples of its beats."""
+    whole = hashlib.sha256(repr((float(fs), signal.shape)).encode())
+    for array in (signal.astype("<f4"), np.array(samples, "<i8")):
+        whole.update(array.tobytes())
+    return whole.hexdigest()[:16]
+
+
+def shown(name: str) -> str:
+    """Return a file's name with what is no character escaped."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def annotators(stems: Sequence[str]) -> list[str]:
+    """Return the endings of the annotation files beside a recording; stems: what stands before the ending."""
+    found = set()
+    for stem in map(Path, stems):
+        for file in stem.parent.glob(f"{glob.escape(stem.name)}.*"):
+            ending = file.name.removeprefix(f"{stem.name}.")
+            if "." not in ending and ending.lower() not in NO_ANNOTATIONS and file.read_bytes()[-2:] == b"\0\0":
+                found.add(ending)
+    return sorted(found)
 
 
 def read_signal(path: Path, fs: float | None) -> tuple[np.ndarray, float, list[str]]:
@@ -94,14 +126,19 @@ def read_recording(
         raise InputError(f"{path}: this model does not use the features of records; give a .csv file of its features")
     signal, signal_fs, leads = read_signal(path, fs)
     end = round(min((minutes or np.inf) * 60 * signal_fs, len(signal)))
-    stem = path.with_suffix("") if fs is not None or path.suffix.lower() == ".edf" else path
-    annotator = annotator or ("atr" if Path(f"{stem}.atr").exists() else DETECTOR)
+    record = fs is None and path.suffix.lower() != ".edf"
+    stem = path if record else path.with_suffix("")
+    stems = [str(stem)] if record else [str(stem), str(path)]  # r01.qrs, r01.edf.qrs
+    annotator = annotator or ("atr" if any(ecg.beside(s, "atr").exists() for s in stems) else DETECTOR)
     breaks, outside, warnings = [], 0, []
     try:
         if annotator == DETECTOR:
             beats = find_peaks(signal[:end], signal_fs)
         else:
-            marks, _ = ecg.read_annotations(str(stem), signal_fs, annotator)
+            there = next((s for s in stems if ecg.beside(s, annotator).exists()), None)
+            if there is None:
+                raise ecg.Unsuited("there is no such annotation file")
+            marks, _ = ecg.read_annotations(there, signal_fs, annotator)
             table, outside = ecg.find_beats(marks, len(signal))
             table = table[table["time"] < end]
             beats, breaks = table["time"].to_numpy(int), ecg.find_breaks(marks)
@@ -109,7 +146,9 @@ def read_recording(
                 warnings.append(f"{paced} paced beats, on which EC57 does not judge; their decisions mean little")
         X, index, dropped = ecg.beat_features(signal[:end], signal_fs, beats, breaks)
     except Exception as error:  # wfdb raises a dozen unrelated types on damaged annotation files
-        raise InputError(f"{path} ({annotator}): {first_line(error)}; no beat can be classified") from None
+        others = " or ".join(e for e in annotators(stems) if e != annotator)
+        hint = f"; beats may be in another annotation file: --annotator {others}" if others else ""
+        raise InputError(f"{path} ({annotator}): {first_line(error)}; no beat can be classified{hint}") from None
     if model.get("leads") and not ecg.are_expected(leads, model["leads"]):
         expected = " and ".join(" or ".join(names) for names in model["leads"].values())
         found = " and ".join(name or "an unnamed one" for name in leads)
@@ -118,13 +157,14 @@ def read_recording(
         print(f"warning: {path} has {warning}", file=sys.stderr)
     samples = beats[ecg.single_beats(beats, signal_fs)]
     classified = np.isin(samples, beats[index]).tolist()
-    origin = f"found by the detector {DETECTOR}" if annotator == DETECTOR else f"of {stem.name}.{annotator}"
-    title = f"{stem.name}: {len(samples)} beats, R peaks {origin}"
+    name = shown(stem.name)
+    origin = f"found by the detector {DETECTOR}" if annotator == DETECTOR else f"of {name}.{annotator}"
+    title = f"{name}: {len(samples)} beats, R peaks {origin}"
     dropped["outside the signal"] = outside
     reasons = "".join(f"; {count} {reason}" for reason, count in dropped.items() if count)
-    return X.astype(float), Recording(
-        stem.name, str(path.resolve()), fs, title, signal_fs, leads, samples.tolist(), classified, reasons
-    )
+    identity, where = identify(signal, signal_fs, samples), str(path.resolve())
+    facts = (stem.name, where, fs, title, signal_fs, leads, samples.tolist(), classified, reasons)
+    return X.astype(float), Recording(identity, *facts)
 
 
 def read_table(path: Path) -> Table:
@@ -187,10 +227,45 @@ def read_features(path: Path, features: Sequence[str]) -> np.ndarray:
 def read_leads(path: Path, fs: float) -> tuple[np.ndarray, float, list[str]]:
     """Return what ecg.two_leads returns of a .csv file: an empty cell is missing signal, a lead without unit is in mV.
 
-    Raises InputError or ecg.Unsuited.
+    Columns of times must be those of `fs`. Raises InputError or ecg.Unsuited.
     """
     table = read_table(path)
     names, units = zip(*(COLUMN.fullmatch(column).groups() for column in table[0][1]))
+    for column, (name, unit) in enumerate(zip(names, units)):
+        if TIME.fullmatch(re.sub("[^a-z]", "", name.lower())):
+            check_times(path, table, column, unit, fs)
     units = [u or ("mV" if ecg.lead_name(name) in ecg.LEADS else "no unit") for name, u in zip(names, units)]
-    signals = names, units, [1] * len(names), fs, lambda leads: to_numbers(path, table, leads, gaps=True).T
+    one, none = [1] * len(names), [None] * len(names)
+    signals = ecg.Signals(names, units, one, fs, lambda leads: to_numbers(path, table, leads, gaps=True).T, none)
     return ecg.two_leads(signals)
+
+
+def check_times(path: Path, table: Table, column: int, unit: str | None, fs: float) -> None:
+    """Raise InputError where a column of times, numbers or times of day, does not rise by 1 / fs seconds a row.
+
+    Numbers without a unit may be seconds, milliseconds or samples.
+    """
+    (_, names), *rows = table
+    if len(rows) < 2:
+        return
+    scales = [SECONDS[unit.lower()]] if unit and unit.lower() in SECONDS else [1.0, 1e-3, 1 / fs]
+    try:
+        at = to_numbers(path, table, [column], gaps=True)[:, 0]
+    except InputError:
+        cells = pd.Series([row[column].replace(",", ".") for _, row in rows])
+        times = pd.to_timedelta(cells, errors="coerce")
+        times = pd.to_datetime(cells, errors="coerce", format="mixed") if times.isna().any() else times
+        at = np.unwrap((times - times.iloc[0]).dt.total_seconds(), period=DAY_S)  # over midnight
+        scales = [1.0]
+    known = np.flatnonzero(np.isfinite(at))
+    steps = np.diff(np.unique(at[known]))
+    if not len(steps):
+        raise InputError(f"{path}, column {names[column]}: holds no times; give it another name to have it ignored")
+    off = [np.abs((at - at[known[0]]) * scale - (np.arange(len(at)) - known[0]) / fs) for scale in scales]
+    wrong = [o[known] > max(1 / fs, steps.min() * scale) * 1.001 for o, scale in zip(off, scales)]
+    if all(w.any() for w in wrong):
+        line, row = rows[known[np.argmax(wrong[0])]]
+        rate = f"{1 / steps.mean() / scales[0]:.6g} Hz"
+        what = f"{row[column][:40]!r} is not this row's time at --fs {fs:g}; the column has {rate}"
+        remedy = "give the right --fs, and each row once"
+        raise InputError(f"{path}, line {line}, column {names[column]}: {what}; {remedy}")

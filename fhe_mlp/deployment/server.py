@@ -45,6 +45,8 @@ def answer(network: Network, first: int, beats: bytes) -> bytes:
     """Return the encrypted answers to a payload whose first beat has the number `first`. Raises InputError."""
     try:
         return load(network).run(beats)
+    except MemoryError:
+        raise  # of this machine, not of the keys
     except CIRCUIT_ERRORS as error:
         what = f"beats from number {first + 1} on cannot be computed with these keys"
         raise InputError(f"{what} ({first_line(error)}); have both sent again") from None

@@ -13,4 +13,14 @@ from fhe_mlp.ecg.beats import (
 from fhe_mlp.ecg.evaluation import FIGURES, balanced_accuracy, by_record, choose_threshold, columns, figures
 from fhe_mlp.ecg.features import FEATURES, PUBLISHED, band_pass, beat_features, find_extremum, published_features
 from fhe_mlp.ecg.physionet import DS1, DS2, provide_records
-from fhe_mlp.ecg.records import EXPECTED_LEADS, LEADS, are_expected, lead_name, read_annotations, read_signal, two_leads
+from fhe_mlp.ecg.records import (
+    EXPECTED_LEADS,
+    LEADS,
+    Signals,
+    are_expected,
+    beside,
+    lead_name,
+    read_annotations,
+    read_signal,
+    two_leads,
+)

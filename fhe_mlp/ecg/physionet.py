@@ -11,6 +11,7 @@ from pathlib import Path
 from fhe_mlp.cli import InputError, sha256
 
 DATABASE = "mitdb/1.0.0"  # PhysioNet name and version, of what is downloaded
+HEADERS = "[!.]*.[hH][eE][aA]"  # pattern of their names; what starts with a dot is a companion that macOS writes
 DOWNLOAD_ATTEMPTS = 3  # tries a file before giving up; finished files are kept
 # Inter-patient split of de Chazal, O'Dwyer & Reilly, IEEE Trans. Biomed. Eng. 51(7):1196-1206, 2004.
 DS1 = "101 106 108 109 112 114 115 116 118 119 122 124 201 203 205 207 208 209 215 220 223 230".split()
@@ -53,12 +54,12 @@ def provide_records(folder: Path, may_download: bool) -> list[str]:
     """Sorted paths, without suffix, of the records in `folder`, downloaded where missing and checked where published.
 
     Only records of DATABASE are downloaded; files missing from another database are reported, and a folder without
-    SHA256SUMS.txt is taken as it is. Files whose names start with a dot (macOS companions) are no records.
+    SHA256SUMS.txt is taken as it is.
     """
     from tqdm import tqdm
 
     sums = folder / "SHA256SUMS.txt"
-    if not sums.exists() and not list(folder.glob("[!.]*.hea")):
+    if not sums.exists() and not list(folder.glob(HEADERS)):
         if list(folder.glob("[!.]*")):
             raise InputError(f"{folder}: holds no WFDB header (.hea); name a folder of records with --records-dir")
         if not may_download:
@@ -75,5 +76,5 @@ def provide_records(folder: Path, may_download: bool) -> list[str]:
             download(name, folder, listed[name])
     for name, expected in listed.items():
         if (folder / name).exists() and sha256(folder / name) != expected:
-            raise InputError(f"{folder / name}: SHA-256 is not the published one; delete the file and run again")
-    return sorted(str(p.with_suffix("")) for p in folder.glob("[!.]*.hea"))
+            raise InputError(f"{folder / name}: SHA-256 is not the published one; move the file away and run again")
+    return sorted(str(p.with_suffix("")) for p in folder.glob(HEADERS))

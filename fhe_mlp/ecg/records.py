@@ -5,10 +5,13 @@ Every file is checked before it is read: a header that claims too much would fil
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,7 +23,13 @@ from fhe_mlp.ecg.features import MIN_FS_HZ
 LEADS = "II V5 V6 V4 I AVF III AVL ? V3 AVR V2 V1".split()
 EXPECTED_LEADS = {"ch0": ["MLII"], "ch1": ["V1", "V2", "V4", "V5"]}  # of MIT-BIH, but for its records 102 and 104
 
-MILLIVOLTS = {"nv": 1e-6, "uv": 1e-3, "µv": 1e-3, "mv": 1.0, "v": 1e3}  # of the units of voltage that a lead may have
+# Names of ECG leads, as lead_name writes them, besides LEADS and those with the letters ECG: Frank's, bipolar chest
+# leads, right and posterior ones, EASI's, and names that say nothing.
+ECG_NAME = re.compile(
+    r"V?[XYZ]|V\d{1,2}R?|(MOD)?(ML|MV|MCL|C[MSCRB])?\d|(MOD)?V\d|[EA]S|AI|(LEAD|CH|CHANNEL|SIG|SIGNAL)?\d*"
+)
+MILLIVOLTS = {"nv": 1e-6, "uv": 1e-3, "mv": 1.0, "v": 1e3}  # of the units of voltage that a lead may have
+SPAN_S, SPAN_MV = 2.0, (0.01, 20.0)  # from trough to peak of a lead in that time: QRS complexes have 0.1 to 5 mV
 HEADER_BYTES = 1_000_000  # no header is longer
 SAMPLES_PER_BYTE, SPARE_SAMPLES = 16, 10_000_000  # that a header may claim: of compressed files; of gaps in segments
 
@@ -28,8 +37,16 @@ SAMPLES_PER_BYTE, SPARE_SAMPLES = 16, 10_000_000  # that a header may claim: of 
 RESOLUTION = re.compile(rb"[\x15-\xff]\xfc## time resolution: \d")
 DEFINITIONS = re.compile(rb"\x1e\xfc## annotation type definitions.*?\x15\xfc## end of definitions", re.DOTALL)
 
-# Names, units and samples a frame of all signals, frames a second, and what loads the signals at some positions.
-Signals = tuple[list[str], list[str], list[int], float, Callable[[list[int]], list[np.ndarray]]]
+
+class Signals(NamedTuple):
+    """Header of a file; one of `names`, `units`, `per_frame` and `gains` for each signal."""
+
+    names: Sequence[str]
+    units: Sequence[str]
+    per_frame: Sequence[int]  # samples a frame
+    hz: float  # frames a second
+    load: Callable[[list[int]], Sequence[np.ndarray]]  # positions of signals to their samples in their units
+    gains: Sequence[float | None]  # A/D units per unit; None where numbers are as written
 
 
 def lead_name(text: str | None) -> str:
@@ -67,13 +84,28 @@ def check_claims(folder: Path, header: Any, segments: list[Any]) -> None:
         raise ValueError("its .hea claims more samples than its files can hold")
 
 
-def ecg_signals(names: Sequence[str], units: Sequence[str]) -> list[int]:
-    """Positions of the signals in a unit of voltage whose names are not another kind's in wfdb's table."""
+def is_ecg(name: str) -> bool:
+    """Whether a signal with this name can be an ECG lead: a breath or a snore beside one is none."""
     from wfdb.io.record import SIGNAL_CLASSES
 
     other = set(SIGNAL_CLASSES.drop(["ecg", "unknown"])["signal_names"].sum())
-    voltages = [unit.lower() in MILLIVOLTS for unit in units]
-    return [k for k, name in enumerate(names) if voltages[k] and not other & set(re.findall("[a-z]+", name.lower()))]
+    if other & set(re.findall("[a-z]+", name.lower())):
+        return False
+    lead = lead_name(name)
+    return lead in LEADS or bool(re.search("ECG|EKG", name.upper()) or ECG_NAME.fullmatch(lead))
+
+
+def millivolts(unit: str) -> float | None:
+    """Millivolts of a unit, whichever of its letters the micro sign is written with; None for no voltage."""
+    return MILLIVOLTS.get(unicodedata.normalize("NFKC", unit).replace("\u03bc", "u").lower())
+
+
+def decode(content: bytes) -> str:
+    """Text in UTF-8 or else Latin-1, of which headers name neither."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
 
 
 def read_edf(path: str) -> Signals:
@@ -83,18 +115,16 @@ def read_edf(path: str) -> Signals:
         start = file.read(256)
         if start[:8].strip() != b"0" or len(start) < 256:
             raise ValueError("is no EDF file")
-        if start[192:197] == b"EDF+D":
-            raise Unsuited("is an EDF+ file with interruptions, which are not supported; convert it to WFDB")
         count = int(start[252:256])
         if not 0 < count <= 9999 or len(fields := file.read(256 * count)) < 256 * count:
             raise ValueError("has a truncated header")
 
     def column(offset: int, width: int) -> list[str]:
         """One field of all signals; `offset` and `width` in bytes of a signal."""
-        text = fields[offset * count : (offset + width) * count].decode("latin-1")
-        return ["".join(filter(str.isprintable, text[k : k + width])).strip() for k in range(0, len(text), width)]
+        cells = (fields[start : start + width] for start in range(offset * count, (offset + width) * count, width))
+        return ["".join(filter(str.isprintable, decode(cell))).strip() for cell in cells]
 
-    per_frame, data = [int(n) for n in column(216, 8)], 256 * (count + 1)
+    names, per_frame, data = column(0, 16), [int(n) for n in column(216, 8)], 256 * (count + 1)
     frames, seconds, width = int(start[236:244]), float(start[244:252]), sum(per_frame)
     if min(per_frame) < 1 or not 0 < seconds < np.inf:
         raise ValueError("has a header without a sampling rate")
@@ -102,26 +132,70 @@ def read_edf(path: str) -> Signals:
     frames = held if frames == -1 else frames
     if not 0 < frames <= held:
         raise ValueError("holds fewer samples than its header says")
+    samples = np.hsplit(np.memmap(path, "<i2", "r", data, (frames, width)), np.cumsum(per_frame))
+    if start[192:197] == b"EDF+D":  # each frame begins with its time; "D" says that they may be apart
+        times = samples[names.index("EDF Annotations")]
+        at = [float(re.match(rb"([+-]\d+(?:\.\d+)?)\x14", row.tobytes())[1]) for row in times]
+        if np.abs(np.array(at) - at[0] - seconds * np.arange(frames)).max() > 0.5 * seconds / max(per_frame):
+            raise Unsuited("is an EDF+ file with interruptions, which are not supported; convert it to WFDB")
+    ends = np.array(
+        [[float(text) if text else np.nan for text in column(offset, 8)] for offset in (104, 112, 120, 128)]
+    )
+    low, high, least, most = ends
+    gains = (most - least) / (high - low)
 
     def load(chosen: list[int]) -> list[np.ndarray]:
-        samples, signals = np.memmap(path, "<i2", "r", data, (frames, width)), []
-        for k in chosen:
-            low, high, least, most = (float(column(offset, 8)[k]) for offset in (104, 112, 120, 128))
-            if not (np.isfinite(high - low) and most > least):
-                raise ValueError("has a header without a scale")
-            digital = np.hsplit(samples, np.cumsum(per_frame))[k].ravel()
-            signals.append((digital - least) * (high - low) / (most - least) + low)
-        return signals
+        if not (np.isfinite(gains[chosen]) & (most[chosen] > least[chosen])).all():
+            raise ValueError("has a header without a scale")
+        return [(samples[k].ravel() - least[k]) / gains[k] + low[k] for k in chosen]
 
-    return column(0, 16), column(96, 8), per_frame, 1 / seconds, load
+    return Signals(names, column(96, 8), per_frame, 1 / seconds, load, gains)
+
+
+def beside(path: str, ending: str) -> Path:
+    """Path of a record's file, whose ending is in capitals where only that is there, as on old disks."""
+    usual, capital = Path(f"{path}.{ending}"), Path(f"{path}.{ending.upper()}")
+    return capital if capital.exists() and not usual.exists() else usual
+
+
+def link_record(path: str, folder: Path, name: str = "record", part: bool = False) -> str:
+    """Make the WFDB record at `path` readable in another folder as `name`; return its new path.
+
+    Its signals are links. Its header has no more than wfdb 4.1.2 reads right: without date and comments, which can stop
+    it, and in ASCII, of which it drops the rest, so that a microvolt would be a volt. part: a segment of a record.
+    """
+    header = beside(path, "hea")
+    if header.stat().st_size > HEADER_BYTES:
+        raise ValueError("its .hea is longer than any header")
+    lines = [line.split(None, 1) for line in header.read_bytes().splitlines() if line.strip()[:1] not in (b"", b"#")]
+    first = [name.encode(), *lines[0][1].split()[:3]]
+    segments = b"/" in lines[0][0]
+    if segments:
+        first[0] += b"/" + lines[0][0].split(b"/")[1]
+    if segments and part:
+        raise ValueError("its segments have segments")
+    text, files = [first], [line[0] for line in lines[1:]]
+    for number, (file, *more) in enumerate(lines[1:]):
+        link = f"{name}_{files.index(file)}".encode()
+        source = header.with_name(os.fsdecode(file))
+        text.append([file if file == b"~" else link, *more])
+        if file == b"~" or files.index(file) < number:
+            continue
+        if segments:
+            link_record(str(source), folder, link.decode(), part=True)
+        elif source.exists():
+            Path(folder, link.decode()).symlink_to(source.absolute())
+        else:
+            raise ValueError(f"its file {source.name} is missing")
+    plain = unicodedata.normalize("NFKC", decode(b"\n".join(b" ".join(fields) for fields in text)))
+    Path(folder, f"{name}.hea").write_text(plain.replace("\u03bc", "u") + "\n", "ascii", "ignore")
+    return str(folder / name)
 
 
 def read_wfdb(path: str) -> Signals:
-    """Read the header of a WFDB record. Raises what wfdb raises on a damaged file."""
+    """Read the header of a WFDB record of link_record. Raises what wfdb raises on a damaged file."""
     import wfdb
 
-    if Path(f"{path}.hea").stat().st_size > HEADER_BYTES:
-        raise ValueError("its .hea is longer than any header")
     header = wfdb.rdheader(path, rd_segments=True)
     segments = [s for s in getattr(header, "segments", [header]) if s is not None]
     if not header.n_sig:
@@ -132,8 +206,9 @@ def read_wfdb(path: str) -> Signals:
         with np.errstate(all="ignore"):  # absurd gains of damaged headers end as missing signal
             return wfdb.rdrecord(path, channels=chosen, smooth_frames=False).e_p_signal
 
-    names, per_frame = [name or "" for name in segments[0].sig_name], [k or 1 for k in segments[0].samps_per_frame]
-    return names, segments[0].units, per_frame, header.fs, load
+    first = segments[0]
+    names, per_frame = [name or "" for name in first.sig_name], [k or 1 for k in first.samps_per_frame]
+    return Signals(names, first.units, per_frame, header.fs, load, first.adc_gain)
 
 
 def read_signal(path: str) -> tuple[np.ndarray, float, list[str]]:
@@ -141,7 +216,10 @@ def read_signal(path: str) -> tuple[np.ndarray, float, list[str]]:
 
     Raises Unsuited, or what wfdb raises on a damaged file.
     """
-    return two_leads((read_edf if path.lower().endswith(".edf") else read_wfdb)(path))
+    if path.lower().endswith(".edf"):
+        return two_leads(read_edf(path))
+    with tempfile.TemporaryDirectory() as folder:
+        return two_leads(read_wfdb(link_record(path, Path(folder))))
 
 
 def two_leads(signals: Signals) -> tuple[np.ndarray, float, list[str]]:
@@ -152,19 +230,23 @@ def two_leads(signals: Signals) -> tuple[np.ndarray, float, list[str]]:
     """
     from scipy.stats import skew
 
-    names, units, per_frame, hz, load = signals
-    ecg = ecg_signals(names, units)
+    ecg = [k for k, (name, unit) in enumerate(zip(signals.names, signals.units)) if millivolts(unit) and is_ecg(name)]
     if len(ecg) < 2:
-        listed = ", ".join(f"{name or 'unnamed'} in {unit or 'no unit'}" for name, unit in zip(names, units))
+        pairs = zip(signals.names, signals.units)
+        listed = ", ".join(f"{name or 'unnamed'} in {unit or 'no unit'}" for name, unit in pairs)
         raise Unsuited(f"has {len(ecg)} ECG signals ({listed}); two are needed")
-    chosen = [ecg[k] for k in choose_leads([names[k] for k in ecg])]
-    names, units, per_frame = ([table[k] for k in chosen] for table in (names, units, per_frame))
+    chosen = [ecg[k] for k in choose_leads([signals.names[k] for k in ecg])]
+    names, units, per_frame, gains = (
+        [table[k] for k in chosen] for table in (signals.names, signals.units, signals.per_frame, signals.gains)
+    )
     times = np.gcd(*per_frame)
-    fs = hz * int(times)
+    fs = signals.hz * int(times)
     if not MIN_FS_HZ <= fs < np.inf:
         raise Unsuited(f"is sampled at {fs} Hz; at least {MIN_FS_HZ:.0f} Hz are needed")
-    leads = [x.reshape(-1, k // times).mean(axis=1) for x, k in zip(load(chosen), per_frame)]
-    leads = np.column_stack(leads) * [MILLIVOLTS[unit.lower()] for unit in units]
+    leads = [x.reshape(-1, k // times).mean(axis=1) for x, k in zip(signals.load(chosen), per_frame)]
+    leads = np.column_stack(leads) * [millivolts(unit) for unit in units]
+    for name, unit, gain, x in zip(names, units, gains, leads.T):
+        check_size(x, fs, f"{name or 'unnamed'} ({unit}, {f'gain {gain:g} per {unit}' if gain else 'no gain'})")
     if lead_name(names[0]) == lead_name(names[1]):
         upright = [skew(x, nan_policy="omit") for x in leads.T]
         if upright[0] < upright[1]:
@@ -172,22 +254,39 @@ def two_leads(signals: Signals) -> tuple[np.ndarray, float, list[str]]:
     return leads, fs, names
 
 
+def check_size(x: np.ndarray, fs: float, lead: str) -> None:
+    """Raise Unsuited where a lead x (mV), at times that it is not flat, is smaller or larger than an ECG can be."""
+    x = x[np.isfinite(x)]
+    width = max(1, min(round(SPAN_S * fs), len(x)))
+    spans = np.ptp(x[: len(x) // width * width].reshape(-1, width), axis=1)
+    spans = spans[spans > 0]
+    if len(spans) and not SPAN_MV[0] <= np.median(spans) <= SPAN_MV[1]:
+        found = f"{lead} spans {np.median(spans):.3g} mV in {SPAN_S:g} s, an ECG {SPAN_MV[0]:g} to {SPAN_MV[1]:g}"
+        raise Unsuited(f"has a wrong unit or gain: its lead {found}")
+
+
 def read_annotations(path: str, fs: float, annotator: str = "atr") -> tuple[pd.DataFrame, int]:
     """Return time (samples at fs Hz), symbol and subtype of each annotation, by time, and how many were out of order.
 
-    annotator: the ending of the file. Its clock is the time resolution it states, else the header's frames a second.
+    annotator: the ending of the file. Its clock is the time resolution it states, else the frames a second of the
+    record's header; an EDF or .csv file has none, and its annotations count samples at fs.
     """
     import wfdb
 
-    content = Path(f"{path}.{annotator}").read_bytes()
+    content = beside(path, annotator).read_bytes()
     if content[-2:] != b"\0\0":  # WFDB annot(5): A = I = 0 is the end of the file
         raise ValueError(f"its .{annotator} lacks its end")
     notes = DEFINITIONS.sub(b"|", content)
     if notes.count(b"## ") > min(len(RESOLUTION.findall(notes)), 1):  # wfdb 4.1.2 would try to read them for ever
         raise ValueError(f"its .{annotator} has notes of a program that wfdb does not know")
-    annotation = wfdb.rdann(path, annotator)
-    if not (annotation.fs and annotation.fs > 0):
+    with tempfile.TemporaryDirectory() as folder:
+        if header := beside(path, "hea").exists():
+            link_record(path, Path(folder))
+        Path(folder, "record.beats").write_bytes(content)
+        annotation = wfdb.rdann(f"{folder}/record", "beats")
+    clock = annotation.fs if header else annotation.fs or fs
+    if not (clock and clock > 0):
         raise ValueError(f"its .{annotator} has no clock")
-    time = np.rint(annotation.sample * float(fs) / annotation.fs)
+    time = np.rint(annotation.sample * float(fs) / clock)
     table = pd.DataFrame({"time": time, "symbol": annotation.symbol, "subtype": annotation.subtype})
     return table.sort_values("time", kind="stable", ignore_index=True), int((np.diff(time) < 0).sum())

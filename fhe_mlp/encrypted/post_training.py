@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fhe_mlp.encrypted.tfhe import circuit_cost
+from fhe_mlp.encrypted.tfhe import circuit_cost, prepare_linker
 
 if TYPE_CHECKING:
     import onnx
@@ -49,6 +49,7 @@ class PostTraining:
 
     @functools.cached_property
     def circuit(self) -> Any:
+        prepare_linker()
         return self.module.compile(self.calibration, p_error=self.setting.p_error)
 
     def logits(self, X: np.ndarray) -> np.ndarray:

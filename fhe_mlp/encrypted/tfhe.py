@@ -3,16 +3,21 @@
 The circuit has two functions that share their keys: `beat` computes one beat, `beats` as many as a payload holds, which
 is filled up with zeros. Concrete converts the bootstrapping key anew at each call, which takes as long as a beat of a
 few neurons, so that many beats in one call take half the time of as many calls. The two parts are Concrete's
-specification of the client and its server.zip, the latter for processors of this kind.
+specification of the client and its server.zip with the program in MLIR, which is the same after each compilation and
+which the server translates for its own processor.
 """
 
 from __future__ import annotations
 
 import ctypes
+import io
 import json
+import re
+import shutil
 import struct
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fhe_mlp.cli import InputError, zip_entry
 from fhe_mlp.encrypted import BEATS, BEATS_PER_CALL, KEYS
 from fhe_mlp.scaling import logits_of_sums, quantize
 
@@ -39,6 +45,7 @@ class Scheme:
     def __init__(self, network: QuantizedNetwork, X: np.ndarray, beats: int = BEATS_PER_CALL) -> None:
         from concrete import fhe
 
+        prepare_linker()
         self.network, self.beats, self.function = network, beats, integer_function(network)
         self.numbers = {**network.numbers, "beats": beats}
         self.rows = extreme_rows(network, X)
@@ -85,9 +92,12 @@ class Scheme:
 
     def server_part(self) -> bytes:
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "server.zip"
-            self.circuit.server.save(path)
-            return path.read_bytes()
+            path, buffer = Path(folder) / "server.zip", io.BytesIO()
+            self.circuit.server.save(path, via_mlir=True)
+            with zipfile.ZipFile(path) as saved, zipfile.ZipFile(buffer, "w") as whole:
+                for name in sorted(saved.namelist()):
+                    whole.writestr(zip_entry(name), saved.read(name), zipfile.ZIP_DEFLATED)
+            return buffer.getvalue()
 
     def client(self) -> Client:
         return Client(self.numbers, self.client_part())
@@ -152,6 +162,7 @@ class Server:
         from concrete import fhe
 
         self.check(KEYS, keys)
+        prepare_linker()
         for parameter, value in MALLOPT.items():
             ctypes.CDLL(None).mallopt(parameter, value)
         with tempfile.TemporaryDirectory() as folder:
@@ -169,6 +180,17 @@ class Server:
 
     def check(self, kind: str, payload: bytes) -> None:
         messages(b"\0" + payload if kind == KEYS else payload, 1)
+
+
+def prepare_linker() -> None:
+    """Let Concrete link what it compiles. Raises InputError where there is no linker."""
+    from concrete import compiler
+    from concrete.fhe.compilation import server
+
+    if shutil.which("ld") is None:
+        raise InputError("the linker ld, which Concrete needs, is not on this machine; install the package binutils")
+    runtime = re.sub(r"([^\w/.-])", r"\\\1", compiler.lookup_runtime_lib())  # goes to a shell without quotation marks
+    server.lookup_runtime_lib = lambda: runtime
 
 
 def circuit_cost(circuit: Any, function: Any, rounding_bits: int, p_error: float) -> dict[str, Any]:
