@@ -39,6 +39,7 @@ START_SHARE = 0.04  # of the learning rate, at the start
 BATCH_SIZE = 256  # beats a gradient step
 EPOCHS, EPOCHS_UNSEEN = 40, 12  # of as many rows as a balanced training part has; the second for unseen patients
 NOISE, NOISE_UNSEEN = 0.0, 0.75  # standard deviations that are added to the standardised features in training
+LEAST_FOUND = 0.1  # of a label's test rows; a network that finds fewer has learned nothing of it
 # Probability that decides, where validation rows do not clearly ask for another. On the folds 0.5 to 0.8 have the same
 # balanced accuracy, and 0.7 has far fewer false alarms.
 THRESHOLD, THRESHOLD_UNSEEN = 0.5, 0.7
@@ -210,6 +211,11 @@ def report(mlp: networks.MLP, data: Dataset, recipe: Recipe, workdir: Path) -> N
         metrics["test_by_record"] = table.reset_index().to_dict("records")
         plot_records(table, workdir / "MLP_model_0_records.png")
     cli.write_json(workdir / "MLP_model_0_metrics.json", metrics)
+    for name in ("sensitivity", "specificity"):
+        if metrics["test"][name] < LEAST_FOUND:
+            print(
+                f"warning: {name} {metrics['test'][name]:.3f} on test rows: nearly all get one label", file=sys.stderr
+            )
     plot_roc(data.test, mlp, metrics["test"]["auc"], workdir / "MLP_model_0_roc.png")
     print_figures({part: metrics[part] for part in ("validation", "test")})
     print(f"decision threshold {mlp.threshold:.2f}; wrote MLP_model_0.h5, _metrics.json and pictures to {workdir}")
@@ -245,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     unseen = data.train.named and (bool(args.folds) or data.unseen)  # folds hold out whole patients
     recipe = Recipe(
         args.hidden,
-        (NOISE_UNSEEN if unseen else NOISE) if args.noise is None else args.noise,
+        (NOISE_UNSEEN if unseen or not data.train.named else NOISE) if args.noise is None else args.noise,
         args.epochs or (EPOCHS_UNSEEN if unseen else EPOCHS),
         args.batch_size,
         args.learning_rate,

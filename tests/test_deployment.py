@@ -1,8 +1,10 @@
 """The export: a hospital's process and a server's, which have nothing in common but the files that travel."""
 
+import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import stat
@@ -18,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import wfdb
-from conftest import make_record, random_rows
+from conftest import ROOT, make_record, random_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_encrypted import random_network
@@ -186,6 +188,81 @@ def test_results_of_two_patients_are_never_mixed_or_replaced(sides, tmp_path):
     assert (tmp_path / "out" / "holter.fhe.png").stat().st_size < len(first[tmp_path / "out" / "holter.fhe.png"]) / 1.5
 
 
+def test_a_record_whose_name_is_no_text_is_decided_and_shown_escaped(sides, tmp_path):
+    make_record(tmp_path, "r", symbols=list("NNVNNNVVNN"))
+    for path in list(tmp_path.iterdir()):
+        path.rename(tmp_path / os.fsdecode(b"M\xfcller" + os.fsencode(path.suffix)))
+    header = tmp_path / os.fsdecode(b"M\xfcller.hea")
+    header.write_bytes(header.read_bytes().replace(b"r.dat", b"M\xfcller.dat"))
+    assert r"M\xfcller: 10 beats" in call(
+        sides.hospital, "client.py", "encrypt", header, "--output", tmp_path / "b.zip"
+    )
+    call(sides.server, SERVE[0], tmp_path / "b.zip", *SERVE[2:], tmp_path / "a.zip")
+    argv = ("client.py", "decrypt", tmp_path / "a.zip", "--times", tmp_path, "--output", tmp_path / "out")
+    assert r"M\xfcller: 10 beats" in call(sides.hospital, *argv)
+    assert len(list((tmp_path / "out").glob("M*ller.fhe*"))) == 3
+
+
+def test_two_commands_at_once_make_one_pair_of_keys(sides, tmp_path):
+    keys = [sys.executable, "client.py", "keys", "--keys", tmp_path / "keys", "--output"]
+    running = [subprocess.Popen([*keys, tmp_path / name], cwd=sides.hospital) for name in ("a.zip", "b.zip")]
+    assert [process.wait() for process in running] == [0, 0]
+    secret = Archive(tmp_path / "keys" / "secret_keys.zip", exchange.SECRET_KEYS, sides.model)
+    for name in ("a.zip", "b.zip"):
+        archive = Archive(tmp_path / name, KEYS, sides.model)
+        assert archive.header.key == secret.header.key
+        assert archive.payload() == b"keys" + hashlib.sha256(secret.payload()).digest()
+
+
+def test_faults_of_the_machine_are_named_and_not_put_on_keys(sides, tmp_path):
+    before = content(sides.hospital / "keys"), (sides.hospital / "keys").stat().st_mtime_ns
+    call(sides.hospital, "client.py", "encrypt", "example_beats.csv", "--output", tmp_path / "beats.zip")
+    assert (
+        content(sides.hospital / "keys"),
+        (sides.hospital / "keys").stat().st_mtime_ns,
+    ) == before  # it can be read-only
+
+    def limited(folder, limit, *argv):
+        command = f"{limit}; exec {shlex.join([sys.executable, *map(str, argv)])}"
+        done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, check=False)
+        return done.returncode, done.stderr
+
+    full = "trap '' XFSZ; ulimit -f 1"
+    status, line = limited(
+        sides.hospital, full, "client.py", "encrypt", "example_beats.csv", "--output", tmp_path / "x.zip"
+    )
+    assert (status, line) == (
+        2,
+        f"client.py: {tmp_path / 'x.zip'}: cannot be written (File too large); free space or name another folder\n",
+    )
+    assert not (tmp_path / "x.zip").exists()
+    status, line = limited(
+        sides.hospital, "exec >&-", "client.py", "encrypt", "example_beats.csv", "--output", tmp_path / "x.zip"
+    )
+    assert (status, line) == (0, "")
+    assert Archive(tmp_path / "x.zip", BEATS, sides.model).header.count == 18
+
+
+def test_no_linker_is_a_fault_of_the_machine(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    scheme = encrypted.scheme_module("tfhe")
+    for use in (lambda: make_scheme("tfhe"), lambda: scheme.Server(b"").load_keys(bytes(8))):
+        with pytest.raises(InputError, match="the linker ld, .* install the package binutils"):
+            use()
+
+
+def test_the_same_network_exported_twice_is_the_same_bytes(tmp_path):
+    for folder in ("a", "b"):
+        export = (
+            "import sys; sys.path[:0] = ['.', 'tests']; from pathlib import Path; from test_deployment import *; "
+            f"deployment.export_network(make_scheme('tfhe'), MODEL, ROWS[:5], Path({str(tmp_path / folder)!r}))"
+        )
+        subprocess.run([sys.executable, "-c", export + "; os._exit(0)"], cwd=ROOT, check=True)
+    a, b = ({path.relative_to(tmp_path / f): found for path, found in content(tmp_path / f).items()} for f in "ab")
+    assert a == b
+    assert len(a) > 30
+
+
 def test_no_keys_are_replaced_lost_evaluation_keys_are_written_again_and_damaged_ones_refused(sides, tmp_path):
     output, path = tmp_path / "evaluation_keys.zip", tmp_path / "keys" / "secret_keys.zip"
     encrypt = ("client.py", "encrypt", "example_beats.csv", "--output", tmp_path / "out.zip", "--keys", path.parent)
@@ -303,6 +380,7 @@ def write_zip(path, header=HEADER, payloads=(b"x",), compression=zipfile.ZIP_STO
         *({"claim": size} for size in (10**12, 3 * 10**8)),
         *({"payloads": [bytes(n)], "compression": zipfile.ZIP_DEFLATED} for n in (100, 10**8)),
         *({"names": ["../../etc/passwd"]}, {"payloads": (b"x", b"more")}, {"payloads": ()}),
+        {"header": {**HEADER, "count": 4}, "payloads": (b"x", b"x")},
     ],
 )
 def test_a_lying_archive_is_refused_in_one_line_without_memory(tmp_path, lie):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import random_layers, refusal, small_data
+from conftest import random_layers, random_rows, refusal, small_data
 
 import dynamic_pruning_eval as step3
 import h5_onnx_converter as step4
@@ -105,6 +106,31 @@ DAMAGES = {
     "no probability": lambda path: networks.save_mlp(replace(SMALL, threshold=1.0), path),
     "no map": lambda path: networks.save_mlp(replace(SMALL, map="squares"), path),
 }
+
+
+@pytest.mark.parametrize("version", ["tf_keras", "keras"])
+def test_only_a_plain_chain_of_layers_is_rebuilt_and_it_computes_what_keras_does(version, keras, tmp_path):
+    keras, X = importlib.import_module(version), random_rows(50)
+    path = tmp_path / "x.h5"
+
+    def save(way):
+        start, hidden = keras.layers.Input((32,)), keras.layers.Dense(32, activation="relu")
+        last = keras.layers.Dense(1, activation="sigmoid")
+        keras.Model(start, way(start, hidden, last)).save(path)
+
+    save(lambda start, hidden, last: last(hidden(start)))
+    mlp = networks.load_mlp(path, "the command")
+    np.testing.assert_allclose(networks.probabilities_in_keras(path, X), mlp.probabilities(X), atol=1e-6)
+    with pytest.raises(SystemExit, match="ONNX Runtime differs by"):
+        step4.write_float(mlp.moved(0.01), path, tmp_path / "x.onnx", X)  # as if it had been rebuilt wrong
+    for way in (
+        lambda start, hidden, last: last(hidden(hidden(start))),
+        lambda start, hidden, last: [last(hidden(start)), hidden(start)],
+        lambda start, hidden, last: last(keras.layers.Dropout(0.1)(keras.layers.Add()([hidden(start), start]))),
+    ):
+        save(way)
+        with pytest.raises(cli.InputError, match=r"x\.h5: is not a valid network .*(plain chain|list|layer Add)"):
+            networks.load_mlp(path, "the command")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

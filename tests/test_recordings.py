@@ -292,6 +292,16 @@ def test_a_table_of_leads_that_could_mean_something_else_is_refused(tmp_path):
         check_refusal(tmp_path / "r.csv", why, read, 360.0)
 
 
+@settings(MANY, max_examples=10)
+@given(gain=st.floats(-1, 1).map(lambda power: 10**power), fs=st.sampled_from([128.0, 250.0, 360.0, 1000.0]))
+def test_the_same_beats_are_detected_at_any_gain(tmp_path, gain, fs):
+    samples = make_record(tmp_path, "r", fs=fs)
+    signal = recordings.read_signal(tmp_path / "r", None)[0]
+    found = recordings.find_peaks(signal, fs)
+    np.testing.assert_array_equal(recordings.find_peaks(gain * signal, fs), found)
+    assert sum(np.abs(found - sample).min() < 0.05 * fs for sample in samples) >= BEAT_COUNT - 2
+
+
 def test_beats_are_detected_in_a_record_without_annotations(tmp_path):
     samples = make_record(tmp_path, "r", annotate=False, names=("V1", "III"))
     X, recording = read(tmp_path / "r", model={**MODEL, "leads": None})

@@ -23,6 +23,8 @@ from fhe_mlp.networks.mlp import MLP
 if TYPE_CHECKING:
     import tf_keras
 
+LEAST_ROWS = 4096  # of an epoch; where a label has few rows they are drawn again and again, or too few steps are made
+
 
 @contextlib.contextmanager
 def quiet_tensorflow() -> Iterator[None]:
@@ -146,8 +148,8 @@ def balanced_weights(y: np.ndarray) -> np.ndarray:
 
 
 def epoch_rows(y: np.ndarray) -> int:
-    """Return the rows of an epoch of draws: as many as a balanced part of the labels y (n,) would hold."""
-    return 2 * int(np.bincount(y, minlength=2).min())
+    """Return the rows of an epoch of draws: as many as a balanced part of the labels y (n,) holds, or LEAST_ROWS."""
+    return max(2 * int(np.bincount(y, minlength=2).min()), LEAST_ROWS)
 
 
 def training_draws(data: Dataset, batch_size: int, seed: int) -> tf_keras.utils.Sequence:
