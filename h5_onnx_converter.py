@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import onnx
 
 OPSET = 14  # what Concrete ML 1.9 asserts
-STEP_3 = "python dynamic_pruning_eval.py"
 TOLERANCE = 1e-5  # largest difference of a float network's probability in ONNX Runtime
 
 
@@ -81,11 +80,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.make_parser(__doc__)
     parser.add_argument("--models", type=Path, nargs="+", help=".h5 files (default: the ten of step 3)")
     args = parser.parse_args(argv)
-    workdir, made_by = args.workdir, "steps 1 to 3" if args.models else STEP_3
+    workdir, made_by = args.workdir, "steps 1 to 3" if args.models else networks.STEP_3
     cli.check_writable(workdir)
     sources = args.models or networks.by_rank(workdir, ".h5")
     if not sources:
-        raise cli.InputError(f"{workdir}: no pruned_model_top_*.h5 here; make them with: {STEP_3}")
+        raise cli.InputError(f"{workdir}: no pruned_model_top_*.h5 here; make them with: {networks.STEP_3}")
     if len({source.stem for source in sources}) < len(sources):
         raise cli.InputError("--models: two files have the same name, and so would their .onnx; convert one by one")
     loaded = [(networks.load_mlp(path, made_by), quantized.read_networks(path, made_by)) for path in sources]

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, refusal, small_network, until
+from conftest import ROOT, random_layers, refusal, small_network, until
 from test_encrypted import random_network
 from test_workers import cluster  # noqa: F401
 
@@ -23,7 +23,8 @@ import fhe_experiments as step5
 from fhe_mlp import encrypted, workers
 from fhe_mlp.dataset import load_dataset, stratified_order
 from fhe_mlp.experiments import configuration, jobs, report, tasks
-from fhe_mlp.quantized import signed_bits, to_onnx
+from fhe_mlp.networks import MLP, h5_bytes
+from fhe_mlp.quantized import add_networks, signed_bits, to_onnx
 
 SCHEMES = ROOT / "tests" / "schemes"
 # What a process of its own does first, and each of its workers, since both find it in their PYTHONPATH.
@@ -377,6 +378,10 @@ def test_bad_input_is_refused_before_anything_is_written(arrays, tmp_path, capsy
     assert "is the --workdir itself" in refused("--models", good, "--beside", tmp_path)
     assert "fhe_steps.csv: " in refused("--models", good, "--beside", tmp_path / "quantized")
     assert "small.onnx: cannot be written" in refused("--models", good, "--workdir", good)
+    trained = [quantized(load_dataset(arrays).train.X, bits, 0, 0.3) for bits in (2, 4)]
+    content = add_networks(h5_bytes(MLP(random_layers((32, 3, 1)))), trained)
+    (tmp_path / "small.h5").write_bytes(content)
+    assert "small_4bits.onnx: not found, and step 3 trained it" in refused("--models", good, "--dry-run")
     (tmp_path / "quantized" / "small_2bits.onnx").write_bytes(good.read_bytes())
     assert "is not a valid quantized network" in refused("--models", good)
     assert not list(tmp_path.glob("*.xlsx")) + list(tmp_path.glob("*.sqlite"))

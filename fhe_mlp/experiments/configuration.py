@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from fhe_mlp.cli import digest
+from fhe_mlp.cli import InputError, digest
 from fhe_mlp.dataset import Dataset
 from fhe_mlp.encrypted import choose
 from fhe_mlp.encrypted.post_training import Setting
-from fhe_mlp.networks import load_onnx_mlp
-from fhe_mlp.quantized import QuantizedNetwork, load_onnx
+from fhe_mlp.networks import STEP_3, STEP_4, load_onnx_mlp
+from fhe_mlp.quantized import QuantizedNetwork, load_onnx, read_networks
 
 RESULT_VERSION = 6  # raised by hand when the program returns other results, so that all are computed anew
 ROUNDING_BITS = 6  # leading accumulator bits where Concrete ML quantizes; step 3's networks have their own
@@ -81,7 +81,10 @@ def load_configuration(path: Path, bits: int, features: int, args: Namespace, ba
     graph = load_onnx_mlp(path, features).SerializeToString()
     source = path.parent / "quantized" / f"{path.stem}_{bits}bits.onnx"
     setting, asked = Setting(bits, args.rounding_bits, args.p_error), {}
-    if args.post_training or not source.exists():
+    trained, h5 = source.exists(), path.with_suffix(".h5")
+    if not (trained or args.post_training) and h5.exists() and bits in (n.bits for n in read_networks(h5, STEP_3)):
+        raise InputError(f"{source}: not found, and step 3 trained it; make it with: {STEP_4}")
+    if args.post_training or not trained:
         source, network, quantization, scheme = path, None, "post-training", CONCRETE_ML
         asked = {"asked_rounding_bits": args.rounding_bits, "asked_p_error": args.p_error}
     else:

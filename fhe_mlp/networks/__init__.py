@@ -17,6 +17,7 @@ from fhe_mlp.networks.fitting import (
 )
 from fhe_mlp.networks.mlp import (
     MLP,
+    STEP_3,
     STEP_4,
     Layers,
     by_rank,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import onnx
 
 Layers = list[tuple[np.ndarray, np.ndarray]]  # kernel (inputs, neurons) and bias (neurons,), float32, of each layer
+STEP_3 = "python dynamic_pruning_eval.py"  # makes the .h5 files of the ten best networks
 STEP_4 = "python h5_onnx_converter.py"  # makes the .onnx files
 
 
