@@ -120,9 +120,10 @@ def test_only_a_plain_chain_of_layers_is_rebuilt_and_it_computes_what_keras_does
 
     save(lambda start, hidden, last: last(hidden(start)))
     mlp = networks.load_mlp(path, "the command")
-    np.testing.assert_allclose(networks.probabilities_in_keras(path, X), mlp.probabilities(X), atol=1e-6)
+    expected = networks.probabilities_in_keras(path, X, "the command")
+    np.testing.assert_allclose(expected, mlp.probabilities(X), atol=1e-6)
     with pytest.raises(SystemExit, match="ONNX Runtime differs by"):
-        step4.write_float(mlp.moved(0.01), path, tmp_path / "x.onnx", X)  # as if it had been rebuilt wrong
+        step4.write_float(mlp.moved(0.01), expected, tmp_path / "x.onnx", X)  # as if it had been rebuilt wrong
     for way in (
         lambda start, hidden, last: last(hidden(hidden(start))),
         lambda start, hidden, last: [last(hidden(start)), hidden(start)],

@@ -255,6 +255,7 @@ def check_times(path: Path, table: Table, column: int, unit: str | None, fs: flo
     Numbers without a unit may be seconds, milliseconds or samples.
     """
     (_, names), *rows = table
+    where = f"column {' '.join(names[column].split())}"
     if len(rows) < 2:
         return
     scales = [SECONDS[unit.lower()]] if unit and unit.lower() in SECONDS else [1.0, 1e-3, 1 / fs]
@@ -269,7 +270,7 @@ def check_times(path: Path, table: Table, column: int, unit: str | None, fs: flo
     known = np.flatnonzero(np.isfinite(at))
     steps = np.diff(np.unique(at[known]))
     if not len(steps):
-        raise InputError(f"{path}, column {names[column]}: holds no times; give it another name to have it ignored")
+        raise InputError(f"{path}, {where}: holds no times; give it another name to have it ignored")
     off = [np.abs((at - at[known[0]]) * scale - (np.arange(len(at)) - known[0]) / fs) for scale in scales]
     wrong = [o[known] > max(1 / fs, steps.min() * scale) * 1.001 for o, scale in zip(off, scales)]
     if all(w.any() for w in wrong):
@@ -277,4 +278,4 @@ def check_times(path: Path, table: Table, column: int, unit: str | None, fs: flo
         rate = f"{1 / steps.mean() / scales[0]:.6g} Hz"
         what = f"{row[column][:40]!r} is not this row's time at --fs {fs:g}; the column has {rate}"
         remedy = "give the right --fs, and each row once"
-        raise InputError(f"{path}, line {line}, column {names[column]}: {what}; {remedy}")
+        raise InputError(f"{path}, line {line}, {where}: {what}; {remedy}")

@@ -100,6 +100,11 @@ def millivolts(unit: str) -> float | None:
     return MILLIVOLTS.get(unicodedata.normalize("NFKC", unit).replace("\u03bc", "u").lower())
 
 
+def printable(name: str) -> str:
+    """A name without characters that would break a line."""
+    return "".join(filter(str.isprintable, name)).strip()
+
+
 def decode(content: bytes) -> str:
     """Text in UTF-8 or else Latin-1, of which headers name neither."""
     try:
@@ -122,7 +127,7 @@ def read_edf(path: str) -> Signals:
     def column(offset: int, width: int) -> list[str]:
         """One field of all signals; `offset` and `width` in bytes of a signal."""
         cells = (fields[start : start + width] for start in range(offset * count, (offset + width) * count, width))
-        return ["".join(filter(str.isprintable, decode(cell))).strip() for cell in cells]
+        return [printable(decode(cell)) for cell in cells]
 
     names, per_frame, data = column(0, 16), [int(n) for n in column(216, 8)], 256 * (count + 1)
     frames, seconds, width = int(start[236:244]), float(start[244:252]), sum(per_frame)
@@ -232,7 +237,7 @@ def two_leads(signals: Signals) -> tuple[np.ndarray, float, list[str]]:
 
     ecg = [k for k, (name, unit) in enumerate(zip(signals.names, signals.units)) if millivolts(unit) and is_ecg(name)]
     if len(ecg) < 2:
-        pairs = zip(signals.names, signals.units)
+        pairs = zip(map(printable, signals.names), map(printable, signals.units))
         listed = ", ".join(f"{name or 'unnamed'} in {unit or 'no unit'}" for name, unit in pairs)
         raise Unsuited(f"has {len(ecg)} ECG signals ({listed}); two are needed")
     chosen = [ecg[k] for k in choose_leads([signals.names[k] for k in ecg])]
@@ -246,7 +251,9 @@ def two_leads(signals: Signals) -> tuple[np.ndarray, float, list[str]]:
     leads = [x.reshape(-1, k // times).mean(axis=1) for x, k in zip(signals.load(chosen), per_frame)]
     leads = np.column_stack(leads) * [millivolts(unit) for unit in units]
     for name, unit, gain, x in zip(names, units, gains, leads.T):
-        check_size(x, fs, f"{name or 'unnamed'} ({unit}, {f'gain {gain:g} per {unit}' if gain else 'no gain'})")
+        check_size(
+            x, fs, f"{printable(name) or 'unnamed'} ({unit}, {f'gain {gain:g} per {unit}' if gain else 'no gain'})"
+        )
     if lead_name(names[0]) == lead_name(names[1]):
         upright = [skew(x, nan_policy="omit") for x in leads.T]
         if upright[0] < upright[1]:

@@ -18,11 +18,12 @@ import numpy as np
 
 from fhe_mlp.cli import InputError, whole_file
 from fhe_mlp.dataset import Dataset
-from fhe_mlp.networks.mlp import MLP
+from fhe_mlp.networks.mlp import MLP, refusing
 
 if TYPE_CHECKING:
     import tf_keras
 
+KERAS_SETTINGS = "name units activation use_bias rate stddev batch_input_shape batch_shape".split()  # of its layers
 LEAST_ROWS = 4096  # of an epoch; where a label has few rows they are drawn again and again, or too few steps are made
 
 
@@ -110,22 +111,24 @@ def save_mlp(mlp: MLP, path: Path) -> None:
         temporary.write_bytes(h5_bytes(mlp))
 
 
-def probabilities_in_keras(path: Path, X: np.ndarray) -> np.ndarray:
+def probabilities_in_keras(path: Path, X: np.ndarray, made_by: str) -> np.ndarray:
     """Return the probabilities (n,) of rows X (n, features) that Keras 2 or 3 computes with its own .h5 file.
 
-    path: of a file that load_mlp takes. Keras sees nothing of its configuration that could hold code.
+    path, made_by: as load_mlp takes them. Keras sees nothing of the configuration that could hold code.
+    Raises InputError for what it cannot load.
     """
-    with h5py.File(path) as file:
-        model, made_by = json.loads(file.attrs["model_config"]), str(file.attrs.get("keras_version", "2"))
-    keras = importlib.import_module("tf_keras" if made_by.startswith("2") else "keras")
-    for layer in model["config"]["layers"]:
-        own = {key: v for key, v in layer["config"].items() if not isinstance(v, dict) and key != "dtype"}
-        for key in layer.keys() - {"class_name", "name", "inbound_nodes"}:
-            del layer[key]
-        layer["config"] = own
-    network = (keras.Model if "output_layers" in model["config"] else keras.Sequential).from_config(model["config"])
-    network.load_weights(path)
-    return network(X).numpy()[:, 0]
+    with refusing(path, "file of Keras", made_by), h5py.File(path) as file:
+        model = json.loads(file.attrs["model_config"])["config"]
+        keras = importlib.import_module(
+            "tf_keras" if str(file.attrs.get("keras_version", "2")).startswith("2") else "keras"
+        )
+        for layer in model["layers"]:
+            layer["config"] = {key: value for key, value in layer["config"].items() if key in KERAS_SETTINGS}
+            for key in layer.keys() - {"class_name", "config", "name", "inbound_nodes"}:
+                del layer[key]
+        network = (keras.Model if "output_layers" in model else keras.Sequential).from_config(model)
+        network.load_weights(path)
+        return network(X).numpy()[:, 0]
 
 
 def epoch_progress(title: str, epochs: int) -> Any:
