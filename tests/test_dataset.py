@@ -145,6 +145,15 @@ def test_arrays_made_elsewhere_are_standardised_with_their_training_part(arrays,
     assert "7 of 600 test rows are training rows too" in capsys.readouterr().err
 
 
+def test_a_rare_label_of_others_arrays_is_half_of_every_draw_and_named(folder, capsys):
+    for split, rows, rare in (("train", 3000, 30), ("val", 600, 6), ("test", 600, 60)):
+        np.save(folder / array_name(split, "y"), (np.arange(rows) < rare).astype(np.int8))
+    data = load_dataset(folder)
+    assert data.draw[data.train.y == 1].sum() == pytest.approx(0.5)
+    assert len(set(data.draw[data.train.y == 1])) == len(set(data.draw[data.train.y == 0])) == 1
+    assert [int(line.split(" only ")[1].split()[0]) for line in capsys.readouterr().err.splitlines()] == [30, 6]
+
+
 def test_a_public_map_takes_the_features_place(arrays):
     plain, mapped = load_dataset(arrays), load_dataset(arrays, "fourier:40")
     assert mapped.map == "fourier:40"

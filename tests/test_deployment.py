@@ -105,6 +105,9 @@ def test_two_processes_decide_as_the_network_in_cleartext_and_the_server_holds_n
     np.testing.assert_allclose(answers["output"], sides.logits, atol=1.1)  # a table's index may be rounded otherwise
     np.testing.assert_array_equal(answers["abnormal"], sides.logits > 0)
     np.testing.assert_allclose(answers["probability"], 1 / (1 + np.exp(-answers["output"])))
+    for name in (*SERVE[1:3], "encrypted_answers.zip"):
+        with zipfile.ZipFile(sides.hospital / name) as archive:  # no word of when
+            assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
     secret = Archive(sides.hospital / "keys" / "secret_keys.zip", exchange.SECRET_KEYS, sides.model).payload()
     words = re.findall(rb"(?:[\0\1]\0{7}){64,}", secret)  # bits in words of 64, besides evaluation keys
     secret = max(words, key=lambda words: words.count(b"\1"))

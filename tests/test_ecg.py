@@ -207,6 +207,8 @@ def test_the_threshold_leaves_the_usual_one_only_where_the_patients_agree():
     some = np.where(patients == "a", clear, np.where(y, 0.8, 0.2))  # one patient in ten would have it lower
     assert ecg.choose_threshold(some, y, patients, 0.5) == 0.5
     assert ecg.choose_threshold(some, y, patients, 0.7) == 0.7
+    few = np.flatnonzero((y == 0) | (np.arange(2000) < 98))  # 49 abnormal beats
+    assert ecg.choose_threshold(clear[few], y[few], unknown[few], 0.5) == 0.5
     single = np.where(np.arange(2000) == 1, 0.45, np.where(y, 0.8, 0.2))  # a single beat would have it lower
     assert ecg.choose_threshold(single, y, unknown, 0.5) == 0.5
 

@@ -161,14 +161,15 @@ def test_draws_have_their_shares_anew_in_each_epoch_and_repeat_with_the_seed(ker
     y = np.array([0] * 90 + [1] * 10)
     data = small_data((np.arange(100)[:, None], y, ["1", "2"] * 50), (np.zeros((2, 1)), np.array([0, 1]), "3"))
     draws, same, other = (networks.training_draws(data, 8, seed) for seed in (0, 0, 1))
-    assert data.unseen and len(draws) == 3  # of 20 rows, as many as a balanced part would hold
+    assert data.unseen and 8 * len(draws) == 4096  # the least; a balanced part would hold 20
+    assert networks.epoch_rows(np.repeat([0, 1], [9000, 5000])) == 10_000
 
     def epoch(of):
-        rows = np.concatenate([of[k][0] for k in range(3)])
+        rows = np.concatenate([of[k][0] for k in range(len(of))])
         of.on_epoch_end()
         return rows[:, 0].astype(int).tolist()
 
-    epochs = [epoch(draws) for _ in range(200)]
+    epochs = [epoch(draws) for _ in range(3)]
     assert epochs[:2] == [epoch(same), epoch(same)] and epochs[0] not in (epochs[1], epoch(other))
     assert y[np.concatenate(epochs)].mean() == pytest.approx(0.5, abs=0.03)
     weight = networks.balanced_weights(y)
@@ -317,7 +318,8 @@ def test_the_files_of_steps_1_to_3_hold_what_their_reports_say(workdir, arrays):
     assert figures["before"] != figures["after"] == figures["reloaded"]
     data, mlp = load_dataset(arrays), networks.load_mlp(workdir / "MLP_model_0.h5", "")
     metrics = json.loads((workdir / "MLP_model_0_metrics.json").read_text())
-    assert (mlp.widths, mlp.noise, mlp.threshold) == ([64, 64, 32, 16], step1.NOISE, metrics["threshold"])
+    assert (mlp.widths, mlp.threshold) == ([64, 64, 32, 16], metrics["threshold"])
+    assert mlp.noise == pytest.approx((300 / data.train.y.sum()) ** (1 / 6))  # of arrays that others made
     assert metrics["test"] == step1.figures(mlp, data.test) and metrics["test"]["balanced_accuracy"] > 0.9
     assert len(list(workdir.glob("*.png"))) == 6
     book = workdir / "dynamic_pruning_results.xlsx"
@@ -474,3 +476,17 @@ def test_bad_options_and_files_are_refused_before_anything_is_written(workdir, a
         workdir_of_step = ["--workdir", workdir] if "--data-dir" in argv else []
         assert reason in refusal(step.main, [*common, *argv.split(), *workdir_of_step], capsys)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_rare_label_is_learned_and_what_learns_nothing_of_it_is_said(keras, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for split, rare in (("train", 20), ("val", 20), ("test", 200)):
+        y = np.repeat([0, 1], [2000, rare])
+        np.save(tmp_path / f"Arryth_MITBIH_{split}_y.npy", y)
+        np.save(tmp_path / f"Arryth_MITBIH_{split}_X.npy", rng.normal(size=(len(y), 8)) + 1.2 * y[:, None])
+    argv = ["--data-dir", str(tmp_path), "--workdir", str(tmp_path), "--hidden", "8", "--epochs", "12"]
+    for more, warned in (([], False), (["--threshold", "0.9999"], True)):
+        step1.main([*argv, *more])
+        assert ("warning: sensitivity 0.0" in capsys.readouterr().err) == warned
+        found = json.loads((tmp_path / "MLP_model_0_metrics.json").read_text())["test"]
+        assert (found["sensitivity"] > 0.8 and found["specificity"] > 0.8) != warned

@@ -182,8 +182,16 @@ def test_refusals_and_a_full_disk_leave_the_data_set_that_was_there(records, tmp
         patch.setattr(np, "save", no_room)
         why = refusal(main, [*base, records, "--seed", "3"], capsys)
     assert "test_y.npy: cannot be written (No space left on device); free space" in why
+    whole = (records / "100.hea").read_text()
     (records / "100.hea").write_text("no header\n")
     assert "100: cannot be read" in refusal(main, [*base, records], capsys)
+    (records / "100.hea").write_text(whole)
+    mine = folder / "Arryth_MITBIH_val_y.npy"  # of others, in the place of ours
+    np.save(mine, np.array([-1.0, 1.0]))
+    own = mine.read_bytes()
+    assert f"{folder}: holds {mine.name}, which this step did not write" in refusal(main, [*base, records], capsys)
+    assert mine.read_bytes() == own
+    mine.write_bytes(before[mine.name])
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 

@@ -139,6 +139,10 @@ def test_make_reruns_the_edited_stage_and_what_follows_and_nothing_else(tmp_path
     assert would_run("preprocess_mitbih.py") == []
     assert would_run(target="patients") == ["preprocess_mitbih.py", *STEPS]
     assert would_run(target="packed") == STEPS
+    argv = ["make", "-n", "demo", "MITDB_DIR=/my dir/mitdb"]
+    assert (
+        '"/my dir/mitdb/233"' in subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    )
     demo = ["fhe_experiments.py", "benchmarks/compare.py"]
     assert would_run(target="demo") == ["preprocess_mitbih.py", *STEPS, *demo]
     assert would_run(target="demo", demo="patients-packed")[-7:] == [*STEPS, *demo]

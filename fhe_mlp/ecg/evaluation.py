@@ -16,6 +16,7 @@ GROUPS = 50  # of beats, in place of patients where these are unknown
 SEED = 0  # of the bootstrap: the same decisions have the same interval
 FIGURES = ("balanced_accuracy", "sensitivity", "specificity", "positive_predictive_value")
 COUNTS = ["tp", "fn", "fp", "tn"]  # abnormal beats that are found and missed, normal ones called abnormal and normal
+LEAST_BEATS = 50  # of each label, from which a threshold can be chosen
 THRESHOLDS = np.arange(5, 96) / 100  # probabilities that are tried
 LEVEL = 0.05  # chance of leaving the usual threshold where no other is better
 
@@ -90,8 +91,10 @@ def choose_threshold(probability: np.ndarray, y: np.ndarray, patients: np.ndarra
     something by chance too, so its gain, in standard errors, has to exceed what the greatest deviation of all
     thresholds' gains, in standard errors as well, exceeds in a share LEVEL of samples that draw whole patients (Hansen,
     A Test for Superior Predictive Ability, J. Bus. Econ. Stat. 2005). Beats of unknown patients are drawn in GROUPS
-    groups. probability, y, patients: (n,).
+    groups. With fewer than LEAST_BEATS of a label it stays the usual one. probability, y, patients: (n,).
     """
+    if np.bincount(y, minlength=2).min() < LEAST_BEATS:
+        return usual
     if len(set(patients)) == 1:
         patients = np.arange(len(y)) % GROUPS
     owned = (np.unique(patients)[:, None] == patients).astype(float)  # (patients, n)
