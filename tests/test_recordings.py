@@ -280,6 +280,7 @@ def test_beats_are_found_in_other_annotation_files_which_are_named(tmp_path):
     write_atr(tmp_path / "e.edf.qrs", [(sample, "N") for sample in samples])
     _, recording = read(tmp_path / "e.edf", annotator="qrs")
     assert recording.samples == samples[samples < len(signal) // 360 * 360].tolist()
+    assert recording.title.endswith("R peaks of e.edf.qrs")
 
 
 def test_a_table_of_leads_that_could_mean_something_else_is_refused(tmp_path):

@@ -139,7 +139,7 @@ def read_recording(
     stem = path if record else path.with_suffix("")
     stems = [str(stem)] if record else [str(stem), str(path)]  # r01.qrs, r01.edf.qrs
     annotator = annotator or ("atr" if any(ecg.beside(s, "atr").exists() for s in stems) else DETECTOR)
-    breaks, outside, warnings = [], 0, []
+    breaks, outside, warnings, origin = [], 0, [], f"found by the detector {DETECTOR}"
     try:
         if annotator == DETECTOR:
             beats = find_peaks(signal[:end], signal_fs)
@@ -147,6 +147,7 @@ def read_recording(
             there = next((s for s in stems if ecg.beside(s, annotator).exists()), None)
             if there is None:
                 raise ecg.Unsuited("there is no such annotation file")
+            origin = f"of {shown(Path(there).name)}.{annotator}"
             marks, _ = ecg.read_annotations(there, signal_fs, annotator)
             table, outside = ecg.find_beats(marks, len(signal))
             table = table[table["time"] < end]
@@ -166,9 +167,7 @@ def read_recording(
         print(f"warning: {path} has {warning}", file=sys.stderr)
     samples = beats[ecg.single_beats(beats, signal_fs)]
     classified = np.isin(samples, beats[index]).tolist()
-    name = shown(stem.name)
-    origin = f"found by the detector {DETECTOR}" if annotator == DETECTOR else f"of {name}.{annotator}"
-    title = f"{name}: {len(samples)} beats, R peaks {origin}"
+    title = f"{shown(stem.name)}: {len(samples)} beats, R peaks {origin}"
     dropped["outside the signal"] = outside
     reasons = "".join(f"; {count} {reason}" for reason, count in dropped.items() if count)
     identity, where = identify(signal, signal_fs, samples), str(path.resolve())

@@ -25,9 +25,7 @@ EXPECTED_LEADS = {"ch0": ["MLII"], "ch1": ["V1", "V2", "V4", "V5"]}  # of MIT-BI
 
 # Names of ECG leads, as lead_name writes them, besides LEADS and those with the letters ECG: Frank's, bipolar chest
 # leads, right and posterior ones, EASI's, and names that say nothing.
-ECG_NAME = re.compile(
-    r"V?[XYZ]|V\d{1,2}R?|(MOD)?(ML|MV|MCL|C[MSCRB])?\d|(MOD)?V\d|[EA]S|AI|(LEAD|CH|CHANNEL|SIG|SIGNAL)?\d*"
-)
+ECG_NAME = re.compile(r"(MOD|LEAD|ML|MV|MCL|C[MSCRB]|V|CH|CHANNEL|SIG|SIGNAL)*\d{0,2}|V\dR|V?[XYZ]|[EA]S|AI")
 MILLIVOLTS = {"nv": 1e-6, "uv": 1e-3, "mv": 1.0, "v": 1e3}  # of the units of voltage that a lead may have
 SPAN_S, SPAN_MV = 2.0, (0.01, 20.0)  # from trough to peak of a lead in that time: QRS complexes have 0.1 to 5 mV
 HEADER_BYTES = 1_000_000  # no header is longer
