@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, make_record, write_atr
+from conftest import ROOT, make_record
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -15,8 +15,9 @@ import bench
 import compare
 import measure_pbs
 
-from fhe_mlp import networks, quantized
+from fhe_mlp import cli, networks, quantized
 from fhe_mlp.dataset import load_dataset
+from fhe_mlp.deployment import recordings
 
 DRAWN = 12  # test rows that run encrypted
 
@@ -64,7 +65,10 @@ def test_a_model_of_concrete_ml_decides_encrypted_as_cleartext(data):
 def test_decisions_are_compared_with_the_annotations_of_their_beats(tmp_path):
     samples = make_record(tmp_path, "r", symbols=list("NNVNA/NN"))
     decided = np.append(samples[:5], samples[5] + 100)  # of the first five of the eight beats, and of none
-    write_atr(tmp_path / "r.fhe", zip(decided, '"QQNNQ'), clock=360)
+    identity = recordings.identify(recordings.read_signal(tmp_path / "r", None)[0], 360.0, decided)
+    words = ["not classified", "abnormal", "abnormal", "normal", "normal", "abnormal"]
+    table = pd.DataFrame({"recording": identity, "sample": decided, "decision": words})
+    table.to_csv(tmp_path / "r.fhe.csv", index=False)
     table, unmatched = compare.compare(str(tmp_path / "r"), str(tmp_path / "r"))
     assert table.loc["N"].to_dict() == {"normal": 1, "abnormal": 1, "not classified": 1, "not found": 2}
     assert table.loc["S"].to_dict() == {"normal": 1, "abnormal": 0, "not classified": 0, "not found": 0}
@@ -72,6 +76,9 @@ def test_decisions_are_compared_with_the_annotations_of_their_beats(tmp_path):
     assert list(unmatched) == ["abnormal"]
     first, _ = compare.compare(str(tmp_path / "r"), str(tmp_path / "r"), minutes=(samples[1] + 1) / 360 / 60)
     assert first.to_numpy().sum() == 2
+    make_record(tmp_path, "other", symbols=list("NNVNA/NN"), seed=1)
+    with pytest.raises(cli.InputError, match="decisions on another recording"):
+        compare.compare(str(tmp_path / "other"), str(tmp_path / "r"))
 
 
 def test_the_shipped_complexities_are_reproduced():

@@ -190,7 +190,7 @@ def test_folds_hold_out_whole_patients_with_their_copies(monkeypatch):
         return networks.MLP([(np.zeros((1, 1), np.float32), logit)]), {}
 
     monkeypatch.setattr(step1, "train", train)
-    found = step1.cross_validate(data, 3, step1.Recipe((4,), 0.5, 1, 2, 0.1, 0.6, 0))
+    found = step1.cross_validate(data, 3, step1.Recipe((4,), 0.5, 1, 2, 0.1, 0.6, 0.0, 0))
     assert [len(patients) for patients in held_out] == [2, 2, 2] and set.union(*held_out) == set(names)
     for row in found["by_record"]:
         decided = next(k for k, out in enumerate(held_out, 1) if row["record"] in out) % 2
