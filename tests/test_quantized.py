@@ -196,7 +196,7 @@ def test_a_damaged_file_or_another_graph_is_refused(training, tmp_path):
     ):
         with h5py.File(path, "r+") as file:
             damage(file["quantized/4"])
-        with pytest.raises(cli.InputError, match=r"not a valid file of quantized .*; make it with: the command"):
+        with pytest.raises(cli.InputError, match=r"not a valid file of quantized .*make it with: the command"):
             quantized.read_networks(path, "the command")
     for change in (
         lambda model: model.graph.ClearField("node"),

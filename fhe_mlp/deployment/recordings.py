@@ -31,8 +31,9 @@ NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)  # flo
 GROUPED = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+", re.ASCII)  # 1,234: a thousand or a decimal, nobody can say
 COLUMN = re.compile(r"(.*?)(?:\s*[\[(]\s*(\S+)\s*[\])])?", re.DOTALL)  # lead and unit: MLII (uV), V1 [mV], V1
 MAX_BYTES = 100_000_000  # of a .csv file, which takes 30 times as much memory
-TIME = re.compile(r"(elapsed)?time(stamp)?(s|sec|ms)?|t|s|sec|seconds|ms|milliseconds|samples?")  # letters of a column
-SECONDS = {"s": 1.0, "sec": 1.0, "seconds": 1.0, "min": 60.0, "ms": 1e-3, "us": 1e-6}  # of its unit, where it names one
+# A column of times by the letters of its name, which may end with its unit, and units in seconds.
+TIME = re.compile(r"(?!$)((elapsed)?time(stamp)?|t)?(?P<unit>s|sec|seconds|ms|milliseconds|samples?)?")
+SECONDS = {"s": 1.0, "sec": 1.0, "seconds": 1.0, "min": 60.0, "ms": 1e-3, "milliseconds": 1e-3, "us": 1e-6}
 DAY_S = 86_400.0
 NO_ANNOTATIONS = ("hea", "dat", "edf", "csv", "fhe")  # endings of signals, and of our own decisions
 Table = list[tuple[int, list[str]]]  # line number and cells of each row
@@ -240,24 +241,25 @@ def read_leads(path: Path, fs: float) -> tuple[np.ndarray, float, list[str]]:
     table = read_table(path)
     names, units = zip(*(COLUMN.fullmatch(column).groups() for column in table[0][1]))
     for column, (name, unit) in enumerate(zip(names, units)):
-        if TIME.fullmatch(re.sub("[^a-z]", "", name.lower())):
-            check_times(path, table, column, unit, fs)
+        if time := TIME.fullmatch(re.sub("[^a-z]", "", name.lower())):
+            check_times(path, table, column, unit or time["unit"] or "", fs)
     units = [u or ("mV" if ecg.lead_name(name) in ecg.LEADS else "no unit") for name, u in zip(names, units)]
     one, none = [1] * len(names), [None] * len(names)
     signals = ecg.Signals(names, units, one, fs, lambda leads: to_numbers(path, table, leads, gaps=True).T, none)
     return ecg.two_leads(signals)
 
 
-def check_times(path: Path, table: Table, column: int, unit: str | None, fs: float) -> None:
+def check_times(path: Path, table: Table, column: int, unit: str, fs: float) -> None:
     """Raise InputError where a column of times, numbers or times of day, does not rise by 1 / fs seconds a row.
 
-    Numbers without a unit may be seconds, milliseconds or samples.
+    Numbers without a unit, or with an unknown one, may be seconds or milliseconds.
     """
     (_, names), *rows = table
     where = f"column {' '.join(names[column].split())}"
     if len(rows) < 2:
         return
-    scales = [SECONDS[unit.lower()]] if unit and unit.lower() in SECONDS else [1.0, 1e-3, 1 / fs]
+    named = {**SECONDS, "sample": 1 / fs, "samples": 1 / fs}
+    scales = [named[unit.lower()]] if unit.lower() in named else [1.0, 1e-3]
     try:
         at = to_numbers(path, table, [column], gaps=True)[:, 0]
     except InputError:
