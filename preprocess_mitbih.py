@@ -264,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Build the data set."""
     args = parse(argv)
     if foreign := foreign_files(args.data_dir):
-        what = f"holds {foreign[0]}, which this step did not write and does not replace"
+        what = f"holds {foreign[0]}, which is others' or was changed, and which this step does not replace"
         raise cli.InputError(f"{args.data_dir}: {what}; name another --data-dir, or move it away")
     cli.check_writable(args.data_dir)
     started = time.monotonic()

@@ -29,8 +29,9 @@ def compare(record: str, answers: str, minutes: float = np.inf) -> tuple[pd.Data
 
     Raises InputError for decisions on another recording.
     """
-    decided, (signal, fs, _) = pd.read_csv(f"{answers}.fhe.csv"), recordings.read_signal(Path(record), None)
-    if set(decided["recording"]) != {recordings.identify(signal, fs, decided["sample"])}:
+    decided = pd.read_csv(f"{answers}.fhe.csv", dtype={"recording": str})
+    signal, fs, _ = recordings.read_signal(Path(record), None)
+    if set(decided.get("recording", ())) != {recordings.identify(signal, fs, decided["sample"])}:
         raise cli.InputError(f"{answers}.fhe.csv: are decisions on another recording than {record}")
     annotations, _ = ecg.read_annotations(record, fs)
     beats = annotations[annotations["symbol"].isin(list(ecg.CLASS_OF_SYMBOL))]

@@ -17,13 +17,12 @@ import numpy as np
 import pandas as pd
 
 from fhe_mlp.cli import InputError, first_line, sha256
-from fhe_mlp.ecg import figures
+from fhe_mlp.ecg import LEAST_BEATS, figures
 from fhe_mlp.scaling import CLIP_SD, MOST_COLUMNS, NONE, apply_scaler, columns, fit_scaler, map_features
 
 SPLITS = ("train", "val", "test")
 BEATS = "beats.csv"  # which beat each row of the arrays is, in their order
 COPY = "-S"  # between a copy's patient and its number of N beats for each S beat
-FEW_ROWS = 50  # of a label, with which a sensitivity of 0.9 has a standard error of 0.04
 DESCRIPTION = "dataset.json"  # of the folder: recipe, features, scaler, checksums
 # Of a training draw for unseen patients: as many normal as abnormal beats; F and Q are rare and of few patients.
 CLASS_SHARES = {"N": 0.5, "S": 0.2, "V": 0.2, "F": 0.1, "Q": 0.1}
@@ -235,7 +234,7 @@ def load_dataset(data_dir: Path, spec: str = NONE) -> Dataset:
     if repeated := sum(map(set(train).__contains__, test)):
         print(f"{data_dir}: {repeated} of {len(test)} test rows are training rows too", file=sys.stderr)
     for split, (_, y) in arrays.items():
-        if (count := np.bincount(y).min()) < FEW_ROWS:
+        if (count := np.bincount(y).min()) < LEAST_BEATS:
             what = f"of one label the {split} part has only {count} rows; what is measured on them is uncertain"
             print(f"warning: {data_dir}: {what}", file=sys.stderr)
     parts = []

@@ -152,6 +152,8 @@ def test_results_of_two_patients_are_never_mixed_or_replaced(sides, tmp_path):
         make_record(tmp_path / patient, "holter", symbols=list("NNVNNNVVNN"), seed=seed)
         call(sides.hospital, "client.py", "encrypt", tmp_path / patient / "holter", "--output", work / f"{patient}.zip")
         call(sides.server, SERVE[0], work / f"{patient}.zip", *SERVE[2:], tmp_path / f"{patient}_answers.zip")
+    a, b = (SERVE[0], work / "a.zip", *SERVE[2:]), tmp_path / "b_answers.zip"
+    assert "exists and is not an earlier output" in call(sides.server, *a, b, status=2)
     files = [json.loads(path.read_text())["recording"] for path in work.glob("holter.*.json")]
     identities = {Path(file["path"]).parent.name: file["identity"] for file in files}
     assert len(set(identities.values())) == 2
@@ -168,7 +170,7 @@ def test_results_of_two_patients_are_never_mixed_or_replaced(sides, tmp_path):
     for name, found in first.items():
         assert identities["a"].encode() in found, name
     refused = decrypt("b", status=2)
-    assert "holter.fhe: exists and is not an earlier output of this command for the same recording" in refused
+    assert "holter.fhe: exists and is not an earlier output of this command for these beats" in refused
     assert content(tmp_path / "out") == first
     make_record(tmp_path / "a", "holter", symbols=list("NNVNNNVVNN"), seed=5)  # another patient at the same path
     done = subprocess.run(
@@ -384,6 +386,7 @@ def write_zip(path, header=HEADER, payloads=(b"x",), compression=zipfile.ZIP_STO
         *({"payloads": [bytes(n)], "compression": zipfile.ZIP_DEFLATED} for n in (100, 10**8)),
         *({"names": ["../../etc/passwd"]}, {"payloads": (b"x", b"more")}, {"payloads": ()}),
         {"header": {**HEADER, "count": 4}, "payloads": (b"x", b"x")},
+        {"header": {**HEADER, "beats": 5}},
     ],
 )
 def test_a_lying_archive_is_refused_in_one_line_without_memory(tmp_path, lie):

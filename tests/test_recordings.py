@@ -164,6 +164,9 @@ CLOCKS = {  # how programs write the time of sample k at fs
     "Time": lambda k, fs: f"{17.5 + k / fs:.3f}",
     "t [ms]": lambda k, fs: f"{1000 * k / fs:.1f}",
     "time_ms": lambda k, fs: f"{1000 * k / fs:.2f}",
+    "time (\u00b5s)": lambda k, fs: f"{1e6 * k / fs:.0f}",
+    "t": lambda k, fs: "" if k % 7 == 3 else f"{1e9 * k / fs:.0f}",
+    "time [hh:mm:ss.mmm]": lambda k, fs: "" if k % 5 == 0 else f"[00:00:{k / fs:06.3f}]",
     "'Elapsed time'": lambda k, fs: f"{datetime(2020, 1, 1, 23, 59, 58) + timedelta(seconds=k / fs):%H:%M:%S.%f}",
     "Timestamp": lambda k, fs: f"{datetime(2020, 1, 1, 23, 59, 58) + timedelta(seconds=k / fs)}",
 }
@@ -191,8 +194,14 @@ def test_samples_are_counted_in_a_column_of_times_and_what_is_no_time_is_refused
     assert recordings.read_signal(write_times(tmp_path / "r.csv", range(5, 2000), "sample #"), 250.0)[1] == 250
     for times in (["x"] * 900, ["3"] * 900, [""] * 900):
         check_refusal(write_times(tmp_path / "r.csv", times), "holds no times", recordings.read_signal, 360.0)
-    path = write_times(tmp_path / "r.csv", [f"{k / 360:.4f}" for k in range(900)])
-    check_refusal(path, "--fs 720; the column has 360", recordings.read_signal, 720.0)
+    times = [f"{k / 360:.4f}" for k in range(900)]
+    check_refusal(write_times(tmp_path / "r.csv", times), "--fs 720; the column has 360", recordings.read_signal, 720.0)
+    for cell, why in (
+        ("n/a", "line 7, column time (s): 'n/a' is not a number"),
+        ("0.0139,1", "line 7: 4 values for 3"),
+    ):
+        path = write_times(tmp_path / "r.csv", [*times[:5], cell, *times[6:]])
+        check_refusal(path, why, recordings.read_signal, 360.0)
 
 
 ECG = [
@@ -211,7 +220,7 @@ ECG = [
     "",
     "Vx",
     "MCL1",
-    "lead III",
+    *("lead III", "V1-V2", "D4", "CHAN1", "IV"),
 ]
 OTHERS = [
     "EOG left",
@@ -236,7 +245,7 @@ def test_only_ecg_leads_are_taken_from_what_else_was_recorded(names, _):
     ecg_names = [name for name in names if name in ECG]
     x = np.sin(np.arange(3600) / 57)
     signals = ecg.Signals(
-        names, ["mV"] * len(names), [1] * len(names), 360.0, lambda chosen: [x] * len(chosen), [200.0] * len(names)
+        names, ["mV"] * len(names), [1] * len(names), [200.0] * len(names), 360.0, lambda chosen: [x] * len(chosen)
     )
     if len(ecg_names) > 1:
         assert set(ecg.two_leads(signals)[2]) <= set(ecg_names)
@@ -266,6 +275,35 @@ def test_a_header_is_read_whatever_its_date_its_micro_sign_and_its_capitals(tmp_
     assert found[1:] == wanted[1:]
     _, recording = read(tmp_path / "r")
     assert recording.samples == samples.tolist()
+
+
+def test_what_is_odd_beside_the_leads_stops_no_recording(tmp_path):
+    samples = make_record(tmp_path, "r")
+    (tmp_path / "r.old").mkdir()
+    (tmp_path / "r.zip").write_bytes(b"\0\0")
+    (tmp_path / "R2.HEA").write_text((tmp_path / "r.hea").read_text().replace("r.dat", "R1.dat"))
+    (tmp_path / "r.dat").rename(tmp_path / "R1.DAT")
+    signal, fs, leads = recordings.read_signal(tmp_path / "R2", None)
+    assert leads == ["MLII", "V1"]
+    tenths = np.rint(signal * 10_000).astype(int)
+    path = write_edf(tmp_path / "e.edf", [*tenths.T, tenths[:, 0]], [360] * 3, ["II", "V1", "mark"], ["uV", "uV", ""])
+    content, count = path.read_bytes(), 3
+    for offset, cells in ((104, b"0       "), (112, b"N/A     ")):  # physical limits of the third signal
+        place = 256 + count * offset + 2 * 8
+        content = content[:place] + cells + content[place + 8 :]
+    path.write_bytes(content)
+    np.testing.assert_allclose(recordings.read_signal(path, None)[0], signal[: len(signal) // 360 * 360], atol=1e-4)
+    step = signal + 300 * (np.abs(np.arange(len(signal)) - 9000) < 90)[:, None]  # an electrode that slips
+    near = [np.abs(recordings.find_peaks(step, fs) - sample).min() < 0.05 * fs for sample in samples]
+    assert sum(near) >= BEAT_COUNT - 4
+    dead = np.where(
+        np.arange(len(signal))[:, None] < 0.7 * len(signal), 0.005 * (np.arange(len(signal)) % 2)[:, None], signal
+    )
+    make_record(tmp_path, "dead", edit=lambda x: dead)
+    assert len(recordings.read_signal(tmp_path / "dead", None)[0]) == len(signal)
+    for header in ("", "# nothing\n", "r\n"):
+        (tmp_path / "r.hea").write_text(header)
+        check_refusal(tmp_path / "r", "its .hea has no record line", recordings.read_signal, None)
 
 
 def test_beats_are_found_in_other_annotation_files_which_are_named(tmp_path):
@@ -457,5 +495,5 @@ def test_the_files_hold_every_beat_and_are_replaced_by_the_next_run_only(tmp_pat
     assert wfdb.rdann(str(tmp_path / "r"), "fhe").symbol == list(codes)
     for ending, start in decisions.OUTPUTS.items():
         exchange.check_replaceable(tmp_path / f"r{ending}", start % b"0123abcd")
-        with pytest.raises(InputError, match="not an earlier output of this command for the same recording"):
+        with pytest.raises(InputError, match="not an earlier output of this command for these beats"):
             exchange.check_replaceable(tmp_path / f"r{ending}", start % b"0123abce")

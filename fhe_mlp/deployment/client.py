@@ -117,10 +117,9 @@ def read_times(folder: Path, beats: str) -> recordings.Recording:
     """Return the recording that encrypt stored in `folder` with these beats. Raises InputError."""
     for path in folder.glob("*.json"):
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            if path.name.endswith(f".{beats}.json"):
-                times = json.loads(path.read_text(encoding="utf-8"))
-                if times["beats"] == beats:
-                    return recordings.Recording(**times["recording"])
+            times = json.loads(path.read_text(encoding="utf-8"))
+            if times["beats"] == beats:
+                return recordings.Recording(**times["recording"])
     what = f"the times of these beats, RECORD.{beats[:40]}.json, are not here or damaged"
     raise InputError(f"{folder}: {what}; name the folder where encrypt wrote them with --times")
 

@@ -52,8 +52,10 @@ class Archive:
             if self.zip.getinfo(HEADER).file_size > HEADER_BYTES:
                 raise ValueError("its header is too long")
             self.header = header = Header(**json.loads(self.zip.read(HEADER)))
+            if not all(type(value) is str for value in (header.kind, header.model, header.key, header.beats)):
+                raise ValueError("its header holds no names")
             if header.kind != kind:
-                raise InputError(f"{path}: holds {str(header.kind)[:40]!r}; expected are {kind!r}")
+                raise InputError(f"{path}: holds {header.kind[:40]!r}; expected are {kind!r}")
             if header.model != model["model"]:
                 raise InputError(f"{path}: is for another model; client and server must come from one export")
             count, size = header.count, model["numbers"]["beats"] if kind in (BEATS, ANSWERS) else 1
@@ -91,8 +93,8 @@ def check_replaceable(path: Path, start: bytes) -> None:
     """Raise InputError where `path` exists and does not begin with the pattern `start` of our own files."""
     if path.exists():
         with path.open("rb") as file:
-            if not re.match(start, file.read(200), re.DOTALL):
-                what = "exists and is not an earlier output of this command for the same recording"
+            if not re.match(start, file.read(500), re.DOTALL):
+                what = "exists and is not an earlier output of this command for these beats"
                 raise InputError(f"{path}: {what}; move it away or name another --output")
 
 

@@ -33,9 +33,10 @@ COLUMN = re.compile(r"(.*?)(?:\s*[\[(]\s*(\S+)\s*[\])])?", re.DOTALL)  # lead an
 MAX_BYTES = 100_000_000  # of a .csv file, which takes 30 times as much memory
 # A column of times by the letters of its name, which may end with its unit, and units in seconds.
 TIME = re.compile(r"(?!$)((elapsed)?time(stamp)?|t)?(?P<unit>s|sec|seconds|ms|milliseconds|samples?)?")
-SECONDS = {"s": 1.0, "sec": 1.0, "seconds": 1.0, "min": 60.0, "ms": 1e-3, "milliseconds": 1e-3, "us": 1e-6}
+SECONDS = {"s": 1.0, "sec": 1.0, "seconds": 1.0, "min": 60.0, "h": 3600.0}
+SECONDS |= {"ms": 1e-3, "msec": 1e-3, "milliseconds": 1e-3, "us": 1e-6, "ns": 1e-9}
 DAY_S = 86_400.0
-NO_ANNOTATIONS = ("hea", "dat", "edf", "csv", "fhe")  # endings of signals, and of our own decisions
+NO_ANNOTATIONS = {"hea", "dat", "edf", "csv", "fhe", "zip", "npz", "xlsx"}  # endings of other files, and of our own
 Table = list[tuple[int, list[str]]]  # line number and cells of each row
 
 
@@ -76,15 +77,12 @@ def shown(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def annotators(stems: Sequence[str]) -> list[str]:
+def annotators(stems: Sequence[str]) -> set[str]:
     """Return the endings of the annotation files beside a recording; stems: what stands before the ending."""
-    found = set()
-    for stem in map(Path, stems):
-        for file in stem.parent.glob(f"{glob.escape(stem.name)}.*"):
-            ending = file.name.removeprefix(f"{stem.name}.")
-            if "." not in ending and ending.lower() not in NO_ANNOTATIONS and file.read_bytes()[-2:] == b"\0\0":
-                found.add(ending)
-    return sorted(found)
+    files = [(file, stem) for stem in map(Path, stems) for file in stem.parent.glob(f"{glob.escape(stem.name)}.*")]
+    endings = {file: file.name.removeprefix(f"{stem.name}.").lower() for file, stem in files if file.is_file()}
+    possible = {file: e for file, e in endings.items() if "." not in e and e not in NO_ANNOTATIONS}
+    return {ending for file, ending in possible.items() if file.read_bytes()[-2:] == b"\0\0"}
 
 
 def read_signal(path: Path, fs: float | None) -> tuple[np.ndarray, float, list[str]]:
@@ -112,14 +110,15 @@ def find_peaks(signal: np.ndarray, fs: float) -> np.ndarray:
     size = np.abs(ecg.band_pass(x[:, None], PEAK_BAND_HZ, fs)[:, 0])
     width = min(round(SIZE_S * fs), len(x))
     largest = size[: len(x) // width * width].reshape(-1, width).max(axis=1)
-    scale = SIZE_MV / np.quantile(largest[largest > 0.01 * largest.max()], SIZE_SHARE)  # but where no electrode was
+    largest = largest[largest > 0.01 * np.quantile(largest, 0.95)]  # without stretches where no electrode was
+    scale = SIZE_MV / np.quantile(largest, SIZE_SHARE)
     peaks = np.asarray(gqrs_detect(x * scale, fs), dtype=int)
     before, after = (round(seconds * fs) for seconds in PEAK_S)
     inside = (peaks + before >= 0) & (peaks + after < len(x))
     peaks[inside] = ecg.find_extremum(size, peaks[inside], PEAK_S, fs, np.argmax)
     peaks = np.unique(peaks)
     t_wave = (np.diff(peaks) < T_WAVE_S * fs) & (size[peaks[1:]] < T_WAVE_SIZE * size[peaks[:-1]])
-    return peaks[np.append(True, ~t_wave)] if len(peaks) else peaks
+    return np.delete(peaks, np.flatnonzero(t_wave) + 1)
 
 
 def read_recording(
@@ -136,16 +135,15 @@ def read_recording(
         raise InputError(f"{path}: this model does not use the features of records; give a .csv file of its features")
     signal, signal_fs, leads = read_signal(path, fs)
     end = round(min((minutes or np.inf) * 60 * signal_fs, len(signal)))
-    record = fs is None and path.suffix.lower() != ".edf"
-    stem = path if record else path.with_suffix("")
-    stems = [str(stem)] if record else [str(stem), str(path)]  # r01.qrs, r01.edf.qrs
-    annotator = annotator or ("atr" if any(ecg.beside(s, "atr").exists() for s in stems) else DETECTOR)
+    stem = path.with_suffix("") if fs is not None or path.suffix.lower() == ".edf" else path
+    stems = [str(stem), str(path)]  # of r01.qrs and r01.edf.qrs
+    there = next((s for s in stems if ecg.beside(s, annotator or "atr").exists()), None)
+    annotator = annotator or ("atr" if there else DETECTOR)
     breaks, outside, warnings, origin = [], 0, [], f"found by the detector {DETECTOR}"
     try:
         if annotator == DETECTOR:
             beats = find_peaks(signal[:end], signal_fs)
         else:
-            there = next((s for s in stems if ecg.beside(s, annotator).exists()), None)
             if there is None:
                 raise ecg.Unsuited("there is no such annotation file")
             origin = f"of {shown(Path(there).name)}.{annotator}"
@@ -157,7 +155,7 @@ def read_recording(
                 warnings.append(f"{paced} paced beats, on which EC57 does not judge; their decisions mean little")
         X, index, dropped = ecg.beat_features(signal[:end], signal_fs, beats, breaks)
     except Exception as error:  # wfdb raises a dozen unrelated types on damaged annotation files
-        others = " or ".join(e for e in annotators(stems) if e != annotator)
+        others = " or ".join(sorted(annotators(stems) - {annotator.lower()}))
         hint = f"; beats may be in another annotation file: --annotator {others}" if others else ""
         raise InputError(f"{path} ({annotator}): {first_line(error)}; no beat can be classified{hint}") from None
     if model.get("leads") and not ecg.are_expected(leads, model["leads"]):
@@ -197,6 +195,10 @@ def read_table(path: Path) -> Table:
         raise InputError(f"{path}, line {reader.line_num}: {error}; mend its quotation marks") from None
     while rows and not any(rows[-1][1]):
         rows.pop()
+    for line, row in rows:
+        if len(row) != len(rows[0][1]):
+            remedy = "give each value its own column, with a decimal point and no row names"
+            raise InputError(f"{path}, line {line}: {len(row)} values for {len(rows[0][1])} columns; {remedy}")
     return rows or [(1, [""])]
 
 
@@ -205,10 +207,6 @@ def to_numbers(path: Path, table: Table, columns: Sequence[int], gaps: bool = Fa
     (_, names), *rows = table
     if not rows:
         raise InputError(f"{path}: has no rows, only names")
-    for line, row in rows:
-        if len(row) != len(names):
-            remedy = "give each value its own column, with a decimal point and no row names"
-            raise InputError(f"{path}, line {line}: {len(row)} values for {len(names)} columns; {remedy}")
     cells = [row[column] for _, row in rows for column in columns]
     grouped = all(GROUPED.fullmatch(cell) for cell in cells if "," in cell)
     if not grouped and not any("." in cell for cell in cells):
@@ -242,41 +240,46 @@ def read_leads(path: Path, fs: float) -> tuple[np.ndarray, float, list[str]]:
     names, units = zip(*(COLUMN.fullmatch(column).groups() for column in table[0][1]))
     for column, (name, unit) in enumerate(zip(names, units)):
         if time := TIME.fullmatch(re.sub("[^a-z]", "", name.lower())):
-            check_times(path, table, column, unit or time["unit"] or "", fs)
+            check_times(path, table, column, ecg.plain_unit(unit or time["unit"] or ""), fs)
     units = [u or ("mV" if ecg.lead_name(name) in ecg.LEADS else "no unit") for name, u in zip(names, units)]
     one, none = [1] * len(names), [None] * len(names)
-    signals = ecg.Signals(names, units, one, fs, lambda leads: to_numbers(path, table, leads, gaps=True).T, none)
+    signals = ecg.Signals(names, units, one, none, fs, lambda leads: to_numbers(path, table, leads, gaps=True).T)
     return ecg.two_leads(signals)
 
 
 def check_times(path: Path, table: Table, column: int, unit: str, fs: float) -> None:
     """Raise InputError where a column of times, numbers or times of day, does not rise by 1 / fs seconds a row.
 
-    Numbers without a unit, or with an unknown one, may be seconds or milliseconds.
+    Numbers without a unit, or with an unknown one, may be seconds or parts of them. An empty cell says nothing.
     """
     (_, names), *rows = table
-    where = f"column {' '.join(names[column].split())}"
+    where, cells = f"column {' '.join(names[column].split())}", [row[column] for _, row in rows]
+    known = np.flatnonzero([cell != "" for cell in cells])
+    named = {**SECONDS, "sample": 1 / fs, "samples": 1 / fs}
+    if any(NUMBER.fullmatch(cell.replace(",", ".")) for cell in cells):
+        at = to_numbers(path, table, [column], gaps=True)[known, 0]
+        scales = [named[unit]] if unit in named else [1.0, 1e-3, 1e-6, 1e-9]
+    else:
+        at, scales = times_of_day([cells[k] for k in known]), [1.0]
     if len(rows) < 2:
         return
-    named = {**SECONDS, "sample": 1 / fs, "samples": 1 / fs}
-    scales = [named[unit.lower()]] if unit.lower() in named else [1.0, 1e-3]
-    try:
-        at = to_numbers(path, table, [column], gaps=True)[:, 0]
-    except InputError:
-        cells = pd.Series([row[column].replace(",", ".") for _, row in rows])
-        times = pd.to_timedelta(cells, errors="coerce")
-        times = pd.to_datetime(cells, errors="coerce", format="mixed") if times.isna().any() else times
-        at = np.unwrap((times - times.iloc[0]).dt.total_seconds(), period=DAY_S)  # over midnight
-        scales = [1.0]
-    known = np.flatnonzero(np.isfinite(at))
-    steps = np.diff(np.unique(at[known]))
-    if not len(steps):
-        raise InputError(f"{path}, {where}: holds no times; give it another name to have it ignored")
-    off = [np.abs((at - at[known[0]]) * scale - (np.arange(len(at)) - known[0]) / fs) for scale in scales]
-    wrong = [o[known] > max(1 / fs, steps.min() * scale) * 1.001 for o, scale in zip(off, scales)]
-    if all(w.any() for w in wrong):
-        line, row = rows[known[np.argmax(wrong[0])]]
-        rate = f"{1 / steps.mean() / scales[0]:.6g} Hz"
-        what = f"{row[column][:40]!r} is not this row's time at --fs {fs:g}; the column has {rate}"
-        remedy = "give the right --fs, and each row once"
-        raise InputError(f"{path}, line {line}, {where}: {what}; {remedy}")
+    span = at[-1] - at[0] if len(at) > 1 else 0.0
+    if not span > 0:
+        raise InputError(f"{path}, {where}: holds no times that rise; give it another name to have it ignored")
+    rate, scale = min(((np.ptp(known) / span / s, s) for s in scales), key=lambda pair: abs(np.log(pair[0] / fs)))
+    finest = np.diff(np.unique(at)).min() * scale  # to which the times are rounded, if that is more than a row
+    wrong = np.abs((at - at[0]) * scale - (known - known[0]) / fs) > max(1 / fs, finest) * 1.001
+    if wrong.any():
+        k = known[np.argmax(wrong)]
+        what = f"{cells[k][:40]!r} is not this row's time at --fs {fs:g}; the column has {rate:.6g} Hz"
+        raise InputError(f"{path}, line {rows[k][0]}, {where}: {what}; give the right --fs, and each row once")
+
+
+def times_of_day(cells: Sequence[str]) -> np.ndarray:
+    """Return the seconds from the first of some times, with or without dates, over midnight too; NaN for no times."""
+    text = pd.Series(cells, dtype=str).str.strip("[]'").str.replace(",", ".")
+    text = text.where(text.str.count(":") != 1, "0:" + text)  # minutes and seconds
+    times = pd.to_timedelta(text, errors="coerce")
+    for form in ("ISO8601", None):
+        times = pd.to_datetime(text, errors="coerce", format=form) if times.isna().any() else times
+    return np.unwrap((times - times.min()).dt.total_seconds(), period=DAY_S)

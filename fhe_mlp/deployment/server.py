@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import re
 import shutil
 import sqlite3
 import sys
@@ -81,10 +82,11 @@ def compute(network: Network, beats: exchange.Archive, part: sqlite3.Connection,
 
 def classify(args: argparse.Namespace) -> None:
     """Run the network on the encrypted beats and write the encrypted answers. Raises InputError."""
-    exchange.check_replaceable(args.output, exchange.START % ANSWERS.encode())
     model, content = exchange.read_export(HERE, exchange.SERVER_PART)
     check = scheme_module(model["scheme"]).Server(content).check
     beats = exchange.Archive(args.beats, BEATS, model, check)
+    same = exchange.START % ANSWERS.encode() + rb'.*"beats": "%b"' % re.escape(beats.header.beats).encode()
+    exchange.check_replaceable(args.output, same)
     keys = exchange.Archive(args.evaluation_keys, KEYS, model, check)
     if keys.header.key != beats.header.key:
         raise InputError(f"{args.evaluation_keys}: beats and evaluation keys must come from the same keys")

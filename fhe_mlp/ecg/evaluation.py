@@ -16,7 +16,7 @@ GROUPS = 50  # of beats, in place of patients where these are unknown
 SEED = 0  # of the bootstrap: the same decisions have the same interval
 FIGURES = ("balanced_accuracy", "sensitivity", "specificity", "positive_predictive_value")
 COUNTS = ["tp", "fn", "fp", "tn"]  # abnormal beats that are found and missed, normal ones called abnormal and normal
-LEAST_BEATS = 50  # of each label, from which a threshold can be chosen
+LEAST_BEATS = 50  # of a label, from which figures and a threshold are worth something
 THRESHOLDS = np.arange(5, 96) / 100  # probabilities that are tried
 LEVEL = 0.05  # chance of leaving the usual threshold where no other is better
 

@@ -25,7 +25,9 @@ EXPECTED_LEADS = {"ch0": ["MLII"], "ch1": ["V1", "V2", "V4", "V5"]}  # of MIT-BI
 
 # Names of ECG leads, as lead_name writes them, besides LEADS and those with the letters ECG: Frank's, bipolar chest
 # leads, right and posterior ones, EASI's, and names that say nothing.
-ECG_NAME = re.compile(r"(MOD|LEAD|ML|MV|MCL|C[MSCRB]|V|CH|CHANNEL|SIG|SIGNAL)*\d{0,2}|V\dR|V?[XYZ]|[EA]S|AI")
+ECG_NAME = re.compile(
+    r"(MOD|LEAD|ML|MV|MCL|C[MSCRB]|D|V|CH|CHAN|CHANNEL|SIG|SIGNAL)*\d{0,2}|(V\d){2}|V\dR|V?[XYZ]|[EA]S|AI|IV"
+)
 MILLIVOLTS = {"nv": 1e-6, "uv": 1e-3, "mv": 1.0, "v": 1e3}  # of the units of voltage that a lead may have
 SPAN_S, SPAN_MV = 2.0, (0.01, 20.0)  # from trough to peak of a lead in that time: QRS complexes have 0.1 to 5 mV
 HEADER_BYTES = 1_000_000  # no header is longer
@@ -37,14 +39,14 @@ DEFINITIONS = re.compile(rb"\x1e\xfc## annotation type definitions.*?\x15\xfc## 
 
 
 class Signals(NamedTuple):
-    """Header of a file; one of `names`, `units`, `per_frame` and `gains` for each signal."""
+    """Header of a file; the first four fields have an item for each signal."""
 
-    names: Sequence[str]
+    names: Sequence[str | None]
     units: Sequence[str]
     per_frame: Sequence[int]  # samples a frame
+    gains: Sequence[float | None]  # A/D units per unit; None where numbers are as written
     hz: float  # frames a second
     load: Callable[[list[int]], Sequence[np.ndarray]]  # positions of signals to their samples in their units
-    gains: Sequence[float | None]  # A/D units per unit; None where numbers are as written
 
 
 def lead_name(text: str | None) -> str:
@@ -93,14 +95,14 @@ def is_ecg(name: str) -> bool:
     return lead in LEADS or bool(re.search("ECG|EKG", name.upper()) or ECG_NAME.fullmatch(lead))
 
 
-def millivolts(unit: str) -> float | None:
-    """Millivolts of a unit, whichever of its letters the micro sign is written with; None for no voltage."""
-    return MILLIVOLTS.get(unicodedata.normalize("NFKC", unit).replace("\u03bc", "u").lower())
+def plain_unit(unit: str) -> str:
+    """A unit in small letters, with u for whichever micro sign it is written with."""
+    return unicodedata.normalize("NFKC", unit).replace("\u03bc", "u").lower()
 
 
-def printable(name: str) -> str:
+def printable(name: str | None) -> str:
     """A name without characters that would break a line."""
-    return "".join(filter(str.isprintable, name)).strip()
+    return "".join(filter(str.isprintable, name or "")).strip()
 
 
 def decode(content: bytes) -> str:
@@ -137,22 +139,24 @@ def read_edf(path: str) -> Signals:
         raise ValueError("holds fewer samples than its header says")
     samples = np.hsplit(np.memmap(path, "<i2", "r", data, (frames, width)), np.cumsum(per_frame))
     if start[192:197] == b"EDF+D":  # each frame begins with its time; "D" says that they may be apart
-        times = samples[names.index("EDF Annotations")]
-        at = [float(re.match(rb"([+-]\d+(?:\.\d+)?)\x14", row.tobytes())[1]) for row in times]
+        times = [samples[k] for k, name in enumerate(names) if name == "EDF Annotations"][:1]
+        found = [re.match(rb"([+-]\d+(?:\.\d+)?)\x14", row.tobytes()) for rows in times for row in rows]
+        if not found or not all(found):
+            raise ValueError("does not say when its frames begin, which may be apart (EDF+D)")
+        at = [float(time[1]) for time in found]
         if np.abs(np.array(at) - at[0] - seconds * np.arange(frames)).max() > 0.5 * seconds / max(per_frame):
             raise Unsuited("is an EDF+ file with interruptions, which are not supported; convert it to WFDB")
-    ends = np.array(
-        [[float(text) if text else np.nan for text in column(offset, 8)] for offset in (104, 112, 120, 128)]
-    )
-    low, high, least, most = ends
-    gains = (most - least) / (high - low)
+    ends = (pd.to_numeric(column(offset, 8), errors="coerce") for offset in (104, 112, 120, 128))
+    low, high, least, most = (end.astype(float) for end in ends)
+    with np.errstate(all="ignore"):
+        gains = (most - least) / (high - low)
 
     def load(chosen: list[int]) -> list[np.ndarray]:
         if not (np.isfinite(gains[chosen]) & (most[chosen] > least[chosen])).all():
             raise ValueError("has a header without a scale")
         return [(samples[k].ravel() - least[k]) / gains[k] + low[k] for k in chosen]
 
-    return Signals(names, column(96, 8), per_frame, 1 / seconds, load, gains)
+    return Signals(names, column(96, 8), per_frame, gains, 1 / seconds, load)
 
 
 def beside(path: str, ending: str) -> Path:
@@ -171,25 +175,25 @@ def link_record(path: str, folder: Path, name: str = "record", part: bool = Fals
     if header.stat().st_size > HEADER_BYTES:
         raise ValueError("its .hea is longer than any header")
     lines = [line.split(None, 1) for line in header.read_bytes().splitlines() if line.strip()[:1] not in (b"", b"#")]
-    first = [name.encode(), *lines[0][1].split()[:3]]
-    segments = b"/" in lines[0][0]
-    if segments:
-        first[0] += b"/" + lines[0][0].split(b"/")[1]
-    if segments and part:
+    if not lines or len(lines[0]) < 2:
+        raise ValueError("its .hea has no record line")
+    first, slash, segments = lines[0][0].partition(b"/")
+    if slash and part:
         raise ValueError("its segments have segments")
-    text, files = [first], [line[0] for line in lines[1:]]
-    for number, (file, *more) in enumerate(lines[1:]):
-        link = f"{name}_{files.index(file)}".encode()
+    links = {
+        file: f"{name}_{k}" for k, file in enumerate(dict.fromkeys(file for file, *_ in lines[1:] if file != b"~"))
+    }
+    for file, link in links.items():
         source = header.with_name(os.fsdecode(file))
-        text.append([file if file == b"~" else link, *more])
-        if file == b"~" or files.index(file) < number:
+        if slash:
+            link_record(str(source), folder, link, part=True)
             continue
-        if segments:
-            link_record(str(source), folder, link.decode(), part=True)
-        elif source.exists():
-            Path(folder, link.decode()).symlink_to(source.absolute())
-        else:
+        same = [path for path in header.parent.iterdir() if path.name.lower() == source.name.lower()]
+        if not source.exists() and not same:
             raise ValueError(f"its file {source.name} is missing")
+        Path(folder, link).symlink_to((source if source.exists() else same[0]).absolute())
+    text = [[name.encode() + slash + segments, *lines[0][1].split()[:3]]]
+    text += [[links.get(file, "~").encode(), *rest] for file, *rest in lines[1:]]
     plain = unicodedata.normalize("NFKC", decode(b"\n".join(b" ".join(fields) for fields in text)))
     Path(folder, f"{name}.hea").write_text(plain.replace("\u03bc", "u") + "\n", "ascii", "ignore")
     return str(folder / name)
@@ -210,8 +214,8 @@ def read_wfdb(path: str) -> Signals:
             return wfdb.rdrecord(path, channels=chosen, smooth_frames=False).e_p_signal
 
     first = segments[0]
-    names, per_frame = [name or "" for name in first.sig_name], [k or 1 for k in first.samps_per_frame]
-    return Signals(names, first.units, per_frame, header.fs, load, first.adc_gain)
+    per_frame = [k or 1 for k in first.samps_per_frame]
+    return Signals(first.sig_name, first.units, per_frame, first.adc_gain, header.fs, load)
 
 
 def read_signal(path: str) -> tuple[np.ndarray, float, list[str]]:
@@ -233,25 +237,21 @@ def two_leads(signals: Signals) -> tuple[np.ndarray, float, list[str]]:
     """
     from scipy.stats import skew
 
-    ecg = [k for k, (name, unit) in enumerate(zip(signals.names, signals.units)) if millivolts(unit) and is_ecg(name)]
+    names = [printable(name) for name in signals.names]
+    ecg = [k for k, unit in enumerate(signals.units) if plain_unit(unit) in MILLIVOLTS and is_ecg(names[k])]
     if len(ecg) < 2:
-        pairs = zip(map(printable, signals.names), map(printable, signals.units))
-        listed = ", ".join(f"{name or 'unnamed'} in {unit or 'no unit'}" for name, unit in pairs)
-        raise Unsuited(f"has {len(ecg)} ECG signals ({listed}); two are needed")
-    chosen = [ecg[k] for k in choose_leads([signals.names[k] for k in ecg])]
-    names, units, per_frame, gains = (
-        [table[k] for k in chosen] for table in (signals.names, signals.units, signals.per_frame, signals.gains)
-    )
+        listed = (f"{n or 'unnamed'} in {printable(unit) or 'no unit'}" for n, unit in zip(names, signals.units))
+        raise Unsuited(f"has {len(ecg)} ECG signals ({', '.join(listed)}); two are needed")
+    chosen = [ecg[k] for k in choose_leads([names[k] for k in ecg])]
+    names, units, per_frame, gains = ([table[k] for k in chosen] for table in (names, *signals[1:4]))
     times = np.gcd(*per_frame)
     fs = signals.hz * int(times)
     if not MIN_FS_HZ <= fs < np.inf:
         raise Unsuited(f"is sampled at {fs} Hz; at least {MIN_FS_HZ:.0f} Hz are needed")
     leads = [x.reshape(-1, k // times).mean(axis=1) for x, k in zip(signals.load(chosen), per_frame)]
-    leads = np.column_stack(leads) * [millivolts(unit) for unit in units]
-    for name, unit, gain, x in zip(names, units, gains, leads.T):
-        check_size(
-            x, fs, f"{printable(name) or 'unnamed'} ({unit}, {f'gain {gain:g} per {unit}' if gain else 'no gain'})"
-        )
+    leads = np.column_stack(leads) * [MILLIVOLTS[plain_unit(unit)] for unit in units]
+    for x, *lead in zip(leads.T, names, units, gains):
+        check_size(x, fs, *lead)
     if lead_name(names[0]) == lead_name(names[1]):
         upright = [skew(x, nan_policy="omit") for x in leads.T]
         if upright[0] < upright[1]:
@@ -259,14 +259,15 @@ def two_leads(signals: Signals) -> tuple[np.ndarray, float, list[str]]:
     return leads, fs, names
 
 
-def check_size(x: np.ndarray, fs: float, lead: str) -> None:
+def check_size(x: np.ndarray, fs: float, name: str, unit: str, gain: float | None) -> None:
     """Raise Unsuited where a lead x (mV), at times that it is not flat, is smaller or larger than an ECG can be."""
     x = x[np.isfinite(x)]
     width = max(1, min(round(SPAN_S * fs), len(x)))
     spans = np.ptp(x[: len(x) // width * width].reshape(-1, width), axis=1)
-    spans = spans[spans > 0]
-    if len(spans) and not SPAN_MV[0] <= np.median(spans) <= SPAN_MV[1]:
-        found = f"{lead} spans {np.median(spans):.3g} mV in {SPAN_S:g} s, an ECG {SPAN_MV[0]:g} to {SPAN_MV[1]:g}"
+    large, usual = np.quantile(spans[spans > 0], (0.9, 0.5)) if spans.any() else SPAN_MV
+    if large < SPAN_MV[0] or usual > SPAN_MV[1]:
+        what = f"{name or 'unnamed'} ({unit}, {f'gain {gain:g} per {unit}' if gain else 'no gain'})"
+        found = f"{what} spans {usual:.3g} mV in {SPAN_S:g} s, an ECG {SPAN_MV[0]:g} to {SPAN_MV[1]:g}"
         raise Unsuited(f"has a wrong unit or gain: its lead {found}")
 
 
