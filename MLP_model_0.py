@@ -39,7 +39,8 @@ START_SHARE = 0.04  # of the learning rate, at the start
 BATCH_SIZE = 256  # beats a gradient step
 EPOCHS, EPOCHS_UNSEEN = 40, 12  # of as many rows as a balanced training part has; the second for unseen patients
 NOISE, NOISE_UNSEEN = 0.0, 0.75  # standard deviations that are added to the standardised features in training
-NOISE_ROWS = 300  # of others' arrays: rows of the rarer label with which it is 1; it falls with their sixth root
+# Of others' arrays where a label has a smaller share than RARE: its rows with which the standard deviation is 1.
+RARE, NOISE_ROWS = 0.25, 300
 WEIGHT_DECAY = 1.0  # decoupled, with others' arrays: best where a linear network is, and no worse elsewhere
 LEAST_FOUND = 0.1  # of a label's test rows; a network that finds fewer has learned nothing of it
 # Probability that decides, where validation rows do not clearly ask for another. On the folds 0.5 to 0.8 have the same
@@ -62,14 +63,15 @@ class Recipe:
 
 
 def usual_noise(data: Dataset, unseen: bool) -> float:
-    """Return the standard deviation of what training adds to the features: of arrays without description, more for few.
+    """Return the standard deviation of what training adds to the features.
 
-    It falls with the sixth root of the rarer label's rows, as the width of a density estimated in two dimensions does
-    (Silverman 1986); with 40 to 1,600 such rows, less is overfitted and more is blurred.
+    Where a label is rare in others' arrays, it falls with the sixth root of its rows, as the width of a density
+    estimated in two dimensions does (Silverman 1986); with 40 to 1,600 rows, less is overfitted and more is blurred.
     """
-    if data.train.named:
+    rows = int(np.bincount(data.train.y).min())
+    if data.train.named or rows >= RARE * len(data.train.y):
         return NOISE_UNSEEN if unseen else NOISE
-    return float((NOISE_ROWS / np.bincount(data.train.y).min()) ** (1 / 6))
+    return float((NOISE_ROWS / rows) ** (1 / 6))
 
 
 def new_mlp(data: Dataset, recipe: Recipe) -> networks.MLP:
@@ -242,7 +244,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     option, default = parser.add_argument, "default: {:g}, for unseen patients {:g}".format
     option("--hidden", type=cli.positive_int, nargs="+", default=HIDDEN, help="neurons of each hidden layer")
     what = (
-        f"standard deviation added to the features ({default(NOISE, NOISE_UNSEEN)}, for others' arrays by their rows)"
+        f"standard deviation added to the features ({default(NOISE, NOISE_UNSEEN)}, where a label is rare by its rows)"
     )
     option("--noise", type=cli.number(float, 0, sys.float_info.max, "a number from 0"), help=what)
     what = f"each of as many drawn rows as a balanced training part has ({default(EPOCHS, EPOCHS_UNSEEN)})"

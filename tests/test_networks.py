@@ -318,8 +318,7 @@ def test_the_files_of_steps_1_to_3_hold_what_their_reports_say(workdir, arrays):
     assert figures["before"] != figures["after"] == figures["reloaded"]
     data, mlp = load_dataset(arrays), networks.load_mlp(workdir / "MLP_model_0.h5", "")
     metrics = json.loads((workdir / "MLP_model_0_metrics.json").read_text())
-    assert (mlp.widths, mlp.threshold) == ([64, 64, 32, 16], metrics["threshold"])
-    assert mlp.noise == pytest.approx((300 / np.bincount(data.train.y).min()) ** (1 / 6))  # others made these arrays
+    assert (mlp.widths, mlp.noise, mlp.threshold) == ([64, 64, 32, 16], step1.NOISE, metrics["threshold"])
     assert metrics["test"] == step1.figures(mlp, data.test) and metrics["test"]["balanced_accuracy"] > 0.9
     assert len(list(workdir.glob("*.png"))) == 6
     book = workdir / "dynamic_pruning_results.xlsx"
@@ -488,5 +487,7 @@ def test_a_rare_label_is_learned_and_what_learns_nothing_of_it_is_said(keras, tm
     for more, warned in (([], False), (["--threshold", "0.9999"], True)):
         step1.main([*argv, *more])
         assert ("warning: sensitivity 0.0" in capsys.readouterr().err) == warned
-        found = json.loads((tmp_path / "MLP_model_0_metrics.json").read_text())["test"]
+        metrics = json.loads((tmp_path / "MLP_model_0_metrics.json").read_text())
+        found = metrics["test"]
+        assert metrics["noise"] == pytest.approx((300 / 20) ** (1 / 6))
         assert (found["balanced_accuracy"] > 0.85) != warned
