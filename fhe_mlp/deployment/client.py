@@ -116,7 +116,7 @@ def encrypt(args: argparse.Namespace) -> None:
 def read_times(folder: Path, beats: str) -> recordings.Recording:
     """Return the recording that encrypt stored in `folder` with these beats. Raises InputError."""
     for path in folder.glob("*.json"):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             times = json.loads(path.read_text(encoding="utf-8"))
             if times["beats"] == beats:
                 return recordings.Recording(**times["recording"])
