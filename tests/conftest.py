@@ -202,3 +202,8 @@ def until(happens):
     """Wait until `happens()` is true."""
     while not happens():
         time.sleep(0.02)
+
+
+def pytest_collection_modifyitems(items):
+    """Run what kills child processes first: where Concrete is loaded, the death of a child can end its parent."""
+    items.sort(key=lambda item: item.path.name != "test_workers.py")
