@@ -140,10 +140,10 @@ def read_edf(path: str) -> Signals:
     samples = np.hsplit(np.memmap(path, "<i2", "r", data, (frames, width)), np.cumsum(per_frame))
     if start[192:197] == b"EDF+D":  # each frame begins with its time; "D" says that they may be apart
         times = [samples[k] for k, name in enumerate(names) if name == "EDF Annotations"][:1]
-        found = [re.match(rb"([+-]\d+(?:\.\d+)?)\x14", row.tobytes()) for rows in times for row in rows]
-        if not found or not all(found):
+        starts = [re.match(rb"([+-]\d+(?:\.\d+)?)\x14", row.tobytes()) for rows in times for row in rows]
+        if not starts or not all(starts):
             raise ValueError("does not say when its frames begin, which may be apart (EDF+D)")
-        at = [float(time[1]) for time in found]
+        at = [float(time[1]) for time in starts]
         if np.abs(np.array(at) - at[0] - seconds * np.arange(frames)).max() > 0.5 * seconds / max(per_frame):
             raise Unsuited("is an EDF+ file with interruptions, which are not supported; convert it to WFDB")
     ends = (pd.to_numeric(column(offset, 8), errors="coerce") for offset in (104, 112, 120, 128))
@@ -188,10 +188,11 @@ def link_record(path: str, folder: Path, name: str = "record", part: bool = Fals
         if slash:
             link_record(str(source), folder, link, part=True)
             continue
-        same = [path for path in header.parent.iterdir() if path.name.lower() == source.name.lower()]
-        if not source.exists() and not same:
+        if not source.exists():  # in other capitals?
+            source = next((p for p in header.parent.iterdir() if p.name.lower() == source.name.lower()), source)
+        if not source.exists():
             raise ValueError(f"its file {source.name} is missing")
-        Path(folder, link).symlink_to((source if source.exists() else same[0]).absolute())
+        Path(folder, link).symlink_to(source.absolute())
     text = [[name.encode() + slash + segments, *lines[0][1].split()[:3]]]
     text += [[links.get(file, "~").encode(), *rest] for file, *rest in lines[1:]]
     plain = unicodedata.normalize("NFKC", decode(b"\n".join(b" ".join(fields) for fields in text)))
@@ -266,9 +267,9 @@ def check_size(x: np.ndarray, fs: float, name: str, unit: str, gain: float | Non
     spans = np.ptp(x[: len(x) // width * width].reshape(-1, width), axis=1)
     large, usual = np.quantile(spans[spans > 0], (0.9, 0.5)) if spans.any() else SPAN_MV
     if large < SPAN_MV[0] or usual > SPAN_MV[1]:
-        what = f"{name or 'unnamed'} ({unit}, {f'gain {gain:g} per {unit}' if gain else 'no gain'})"
-        found = f"{what} spans {usual:.3g} mV in {SPAN_S:g} s, an ECG {SPAN_MV[0]:g} to {SPAN_MV[1]:g}"
-        raise Unsuited(f"has a wrong unit or gain: its lead {found}")
+        lead = f"{name or 'unnamed'} ({unit}, {f'gain {gain:g} per {unit}' if gain else 'no gain'})"
+        size = f"spans {usual:.3g} mV in {SPAN_S:g} s, an ECG {SPAN_MV[0]:g} to {SPAN_MV[1]:g}"
+        raise Unsuited(f"has a wrong unit or gain: its lead {lead} {size}")
 
 
 def read_annotations(path: str, fs: float, annotator: str = "atr") -> tuple[pd.DataFrame, int]:

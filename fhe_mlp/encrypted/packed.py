@@ -96,8 +96,8 @@ class Side:
 
         The library takes memory for the sizes that a damaged value claims; where there is too little, the process ends.
         """
-        values, known = split(payload), self.layouts.get(kind)
-        if known and any(len(v) != known[0] or words(v)[known[1]].tolist() != known[2] for v in values):
+        values, layout = split(payload), self.layouts.get(kind)
+        if layout and any(len(v) != layout[0] or words(v)[layout[1]].tolist() != layout[2] for v in values):
             raise ValueError("a value is not whole")
 
 
